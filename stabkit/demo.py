@@ -196,7 +196,8 @@ def _compare(outcomes: list[Outcome], out: Path, console: Console) -> None:
         console.print(_sentence(outcome), markup=False, highlight=False)
     for outcome in outcomes:
         for finding in outcome.report.findings:
-            console.print(f"{outcome.name}: {tables.finding_line(finding)}", markup=False, highlight=False)
+            told = "\n".join(tables.finding_lines(finding))
+            console.print(f"{outcome.name}: {told}", markup=False, highlight=False)
     written = f"Written to {out}: checkpoints, contrast.png, and a report and three pictures for each. Look closer:"
     console.print(f"\n{written}", markup=False, highlight=False)
     for outcome in outcomes:

@@ -4,6 +4,8 @@ The package pins nothing; what users' own threads cost is measured in tests/benc
 
 What collection made, the libraries among it, stays until the end: a million objects, which every full garbage
 collection would look at again, in most of a second. They are kept out of it; what tests make is collected as ever.
+
+The zoo of models runs as a whole with ``-m zoo``; without a marker only its fast subset runs, of whatever folder.
 """
 
 from __future__ import annotations
@@ -30,3 +32,12 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked_for = "zoo" in config.option.markexpr or config.option.keyword or any("::" in arg for arg in config.args)
+    if asked_for:
+        return
+    slow = [item for item in items if item.get_closest_marker("zoo")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]

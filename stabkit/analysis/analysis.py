@@ -31,7 +31,7 @@ from stabkit.diagnosis.states.batch_statistics import with_statistics
 from stabkit.diagnosis.verdict import led_by_findings
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import TraceError
-from stabkit.identification import Identification, by_step, identify
+from stabkit.identification import Identification, by_step, identify, unidentified
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.planning import SPECTRA, Plan
@@ -221,7 +221,7 @@ class _Analysis:
             chosen = chosen if finite else replace(chosen, spectrum="none")
             # they are read before the verdict only where that asks for a mechanism
             methods = functools.cache(
-                lambda: identify(flow, checks=False, parallel=self.parallel) if finite else _unidentified(flow)
+                lambda: identify(flow, checks=False, parallel=self.parallel) if finite else unidentified(flow)
             )
             samples = min(flow.batch, max(chosen.spectrum_samples, EXPLAINED))
             shared = SharedSpectra(lambda index: flow.steps[index].jacobian(), samples)
@@ -390,15 +390,6 @@ class _Analysis:
 
 def _versions() -> dict[str, str]:
     return {"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _unidentified(flow: Flow) -> tuple[Identification, ...]:
-    """No method of any step, and why."""
-    why = ("no spectrum and no method: states or gradients of this pass are not finite",)
-    return tuple(
-        Identification("unknown", None, None, None, "", "unknown", None, (i,), notes=why)
-        for i in range(len(flow.steps))
-    )
 
 
 def _group(

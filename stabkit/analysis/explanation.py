@@ -214,8 +214,13 @@ def _undecided(found: Attribution, first: int, last: int, share: float | None) -
     """What is left where the region does not decide."""
     parts = {name: getattr(found, name)[first : last + 1].mean(1) for name in ("non_normal", "alignment")}
     sums = {name: float(rates[rates.isfinite()].sum()) for name, rates in parts.items()}
+    if "step" not in found.kinds[first : last + 1]:
+        return (
+            "The stability region does not decide it: all of these steps change the space of the state, so that they "
+            "have no eigenvalues."
+        )
     why = "successive Jacobians are unrelated" if found.applies == "isotropic" else "the Jacobians are not normal"
-    told = "no eigenvalues to compare" if share is None else f"eigenvalues predict {share:.0%} of the growth"
+    told = "no eigenvalues were computed" if share is None else f"eigenvalues predict {share:.0%} of the growth"
     return (
         f"The stability region does not decide it ({why}): {told}; non-normality adds {sums['non_normal']:+.2g} nats "
         f"and the direction of the gradient {sums['alignment']:+.2g}."

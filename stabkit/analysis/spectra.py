@@ -17,13 +17,13 @@ from stabkit.jacobians.method_choice import DENSE_SIZE, LARGEST_DENSE, krylov_pr
 from stabkit.jacobians.numerical_range import outline
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.planning.predicted_cost import TRAINING_STEPS
+from stabkit.report.schema import ROUNDING
 from stabkit.tracing import Flow, Step, same_space
 
 _WANTED = 6  # eigenvalues and singular values of larger steps
 _PER_VALUE = 10  # products from which one more eigenvalue is looked for
 _DIRECTIONS = 32  # around the numerical range
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
-_ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
 _LAPACK = 15.0  # operations of a whole spectrum with vectors, times the cube of the size
 
 
@@ -252,7 +252,7 @@ def _summarise(
 ) -> SpectrumFigures:
     there = ~found.isnan().all(0)  # of those that the work allowed no look at, nothing is said
     values, found_converged = found[:, there].numpy(), found_converged[:, there]
-    outside = np.abs(values) > 1.0 + _ROUNDING
+    outside = np.abs(values) > 1.0 + ROUNDING
     notes = []
     if method == "krylov" and values.size and bool(outside.all()):
         notes.append(f"all {values.shape[1]} eigenvalues computed lie outside the region: the share is a lower bound")

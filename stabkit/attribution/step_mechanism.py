@@ -153,8 +153,8 @@ def _read(found: Identification, spectrum: StepSpectrum, tolerance: float) -> _R
     values = np.asarray(spectrum.values)
     above_one = values.real > 1.0 + tolerance
     method, notes = _readable(found)
-    if method is not None and is_inverted(method):
-        z = z_of_one_stage(method, values)
+    z = z_of_one_stage(method, values) if method is not None and is_inverted(method) else None
+    if method is not None and z is not None and np.isfinite(z).any():  # none where the method has no such factor at all
         hopeless = z.real > tolerance if method.states > 1 or method.V[0, 0] == 1.0 else None
         growing = above_one if method.states == 1 else _rates(found, z).real > tolerance
         return _Reading(method, values, (z,), growing, hopeless, found.evidence, defect=0.0, notes=notes)

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from stabkit.errors import ArgumentError, ReportError
 from stabkit.pictures import drawing
 from stabkit.report import Report, encoding, files
-from stabkit.report.formats import figures, middle, percent, printable, signed
-from stabkit.report.schema import StepReport
+from stabkit.report.formats import figures, middle, signed
+from stabkit.report.schema import StepReport, outside
 from stabkit.results import Result
 from stabkit.tables import aligned
 from stabkit.tables import csv_text as comma_separated
+from stabkit.text import printable
 
 SCHEMA = "stabkit.comparison/1"
 STATES = ("analysed", "non-finite", "failed")
@@ -217,6 +218,12 @@ def _largest(report: Report | None, value: Callable[[StepReport], float | None])
     return max(found, default=math.nan)
 
 
+def _outside(report: Report) -> str:
+    """The largest share of a step's spectrum outside the region, in words."""
+    shares = {step.outside_share or 0.0: step for step in report.steps if step.kind == "step" and step.z}
+    return outside(shares[max(shares)]) if shares else "-"
+
+
 def _drift(first: Snapshot, other: Snapshot, same_steps: bool) -> Drift:
     a, b = first.report, other.report
     if a is None or b is None:
@@ -302,7 +309,7 @@ def _end(snapshot: Snapshot) -> list[str]:
         _figure(snapshot.largest_radius),
         _figure(snapshot.margin),
         _figure(snapshot.largest_singular_value),
-        percent(None if math.isnan(snapshot.outside_share) else snapshot.outside_share),
+        _outside(snapshot.report),
         ", ".join(kinds) or "none",
     ]
 

@@ -64,6 +64,7 @@ from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.flow_checks import check_flow
 from stabkit.tracing.recording.training_pass import training_pass
+from stabkit.tracing.recording.untouched_model import walked_once
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
@@ -155,7 +156,7 @@ def examine(
     """
     check_flow(flow)
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel, trained, optimizer)
-    with made_once():
+    with made_once(), walked_once():
         if isinstance(flow, Flow):
             flow = with_statistics(flow if loss is None else flow.following(loss))
             if (lost := gradient_underflow(flow, loss)) is not None:

@@ -25,15 +25,18 @@ from stabkit.identification.steps.ends import with_ends
 from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
 from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
+from stabkit.identification.steps.nested import has_residual_inside
 from stabkit.identification.steps.pending import with_pending_starts
 from stabkit.identification.steps.same_weights import with_same_weights
 from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
+from stabkit.identification.time.linear_states import with_matrices
 from stabkit.identification.time.over_time import Recurrences
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.tracing import FlowLike, Iteration
+from stabkit.tracing import Flow, FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
+from stabkit.tracing.graph.values import entries_are_finite
 
 _NOTHING_READ = frozenset(
     {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
@@ -82,6 +85,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     if isinstance(flow, Iteration):
         return read_iteration(flow, checks)
     flow = traced(flow, "identify")
+    if not all(entries_are_finite(tensor) for state in flow.states for tensor in state.tensors):
+        return unidentified(flow)
     around = Surroundings(flow, checks)
     places = groups(flow, around.loops)
     recurrences = Recurrences(flow)
@@ -102,7 +107,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
             return [record]
         # where a round may be cut, what is said of its parts is true as well; Strang's order of them says more
         divided = is_divided(flow, start, stop, around.loops)
-        known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
+        known = not _is_unread(record)
         kept = record.name.startswith("Strang") if divided else known
         # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own, as do
         # the stages of one field
@@ -116,12 +121,12 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
             return single if sum(map(_is_block, single)) >= _BLOCKS else [record]
         if all(r.name == "part of a step" for r in single):
             return [record]
-        unread = sum(r.name in _NOTHING_READ or changes_count(r) or r.name.startswith(_COARSE) for r in single)
+        unread = sum(changes_count(r) or (_is_unread(r) and not has_residual_inside(r)) for r in single)
         return single if divided or record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
-    found = _over_steps(found, recurrences)
+    found = [with_matrices(record, around) for record in _over_steps(found, recurrences)]
     found = with_fields_in_time(found, lambda start, stop: read_as_euler(around, start, stop, read_sums))
     found = with_first_rounds(found)
     found = with_first_restarts(with_pending_starts(found, around), around)
@@ -130,6 +135,19 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     found = with_same_weights(list(map(consistent, with_half_kicks(found, around))), around)
     return tuple(with_values(found, flow, lambda other: identify(other, checks=False, parallel=parallel)))
+
+
+def unidentified(flow: Flow) -> tuple[Identification, ...]:
+    """No method of any step of a flow whose numbers are not finite, and why: nothing of it can be tested.
+
+    Args:
+        flow: from `stabkit.trace`.
+    """
+    why = ("no spectrum and no method: states or gradients of this pass are not finite",)
+    return tuple(
+        Identification("unknown", None, None, None, "", "unknown", None, (i,), notes=why)
+        for i in range(len(flow.steps))
+    )
 
 
 def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> list[Identification]:
@@ -153,10 +171,13 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
     return found
 
 
+def _is_unread(record: Identification) -> bool:
+    return record.name in _NOTHING_READ or record.name.startswith(_COARSE)
+
+
 def _is_block(record: Identification) -> bool:
     """Whether a step is one of a state of its own, with a skip around it."""
-    named = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
-    return named and record.skip == 1.0 and record.method is not None and not changes_count(record)
+    return not _is_unread(record) and record.skip == 1.0 and record.method is not None and not changes_count(record)
 
 
 def _may_be_linear(record: Identification) -> bool:

@@ -52,7 +52,7 @@ from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, made_beside, step_inside
 from stabkit.identification.steps.growing_history import growing_history
-from stabkit.identification.steps.held_entries import told_of_mask, without_held_entries
+from stabkit.identification.steps.held_entries import skip_of_some, told_of_mask, without_held_entries
 from stabkit.identification.steps.implicit import (
     begins_at_constants,
     fixed_point,
@@ -71,7 +71,7 @@ from stabkit.identification.steps.iterated_solves import (
 )
 from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
-from stabkit.identification.steps.nested import HELD, MAP, in_turn, with_nested_chains
+from stabkit.identification.steps.nested import HELD, INSIDE, MAP, in_turn, with_nested_chains
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.own_numbers import states_in_fields, without_own_numbers
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
@@ -274,7 +274,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     notes = []
     told = in_turn(links, found.contexts)
     if has_residual := any(not part.endswith((MAP, HELD)) for part in told.split(", then ")):
-        notes.append(f"a residual lies inside ({told}), no skip leads around the whole step")
+        notes.append(f"{INSIDE} ({told}), no skip leads around the whole step")
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
@@ -302,7 +302,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return past
     linear = has_residual and reaches_linearly(whole)
     if linear:
-        notes[:1] = ["a residual lies inside; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
+        notes[:1] = [f"{INSIDE}; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     return replace(record, evidence="measured") if linear else record
@@ -390,7 +390,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     parts = linear_links(links)
     tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
-        return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
+        return skip_of_some(around, found, steps, total)
     found_tables = [(part.form, t) for part, t in zip(parts, tables, strict=True) if t is not None]
     (table, *others), means = without_own_numbers(around, found_tables)
     at_the_end = normalised_at_the_end(links)

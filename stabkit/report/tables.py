@@ -10,8 +10,9 @@ from stabkit import tables
 from stabkit.diagnosis import factor
 from stabkit.diagnosis.kinds import headline
 from stabkit.errors import ReportError
-from stabkit.report.formats import figures, middle, printable, signed, steps_named
+from stabkit.report.formats import figures, middle, signed, steps_named
 from stabkit.report.shown import flat, flat_names, shown_fields
+from stabkit.text import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 WIDE = 110  # characters from which there is room for everything
 GAP = 1  # characters between two columns
 SHORTEST_NAME = 8
+SHORTEST_METHOD = (15, 22)  # of the narrow and of the wide table
 
 
 @dataclass(frozen=True)
@@ -35,26 +37,40 @@ class Column:
 def columns(report: ReportFields, width: int) -> list[Column]:
     """The columns that fit into ``width`` characters with one space between them.
 
-    The wide table adds the evidence behind the method and the gradient norm. The names get what the others leave.
+    The wide table adds the evidence behind the method and the gradient norm. Names and methods share what the others
+    leave: both are whole where there is room; else methods are cut first, and names when these are at their shortest.
     """
     wide = width >= WIDE
-    method = 22 if wide else 15
     found: dict[str, Column] = {}
     for name, how in shown_fields(report.step_type).items():
         if how.column and (wide or not how.wide):
             found[name] = Column(how.column, how.cell or how.text, how.is_text)
-    found["method"] = _cut(found["method"], method)
-    taken = sum(
-        max(len(c.title), *(len(c.cell(step)) for step in report.steps), 0) + GAP
-        for name, c in found.items()
-        if name != "name"
-    )
-    found["name"] = _cut(found["name"], max(width - taken, SHORTEST_NAME))
+    needed = {name: max(len(c.title), *map(len, map(c.cell, report.steps)), 0) for name, c in found.items()}
+    free = width - sum(size + GAP for name, size in needed.items() if name not in ("name", "method")) - GAP
+    least = SHORTEST_METHOD[wide]
+    method = max(min(needed["method"], least), free - needed["name"])
+    found["method"] = _cut(found["method"], method, without_asides)
+    found["name"] = _cut(found["name"], max(free - min(method, needed["method"]), SHORTEST_NAME), middle)
     return list(found.values())
 
 
-def _cut(column: Column, width: int) -> Column:
-    return Column(column.title, lambda step: middle(column.cell(step), width), column.is_text)
+def _cut(column: Column, width: int, shorter: Callable[[str, int], str]) -> Column:
+    return Column(column.title, lambda step: shorter(column.cell(step), width), column.is_text)
+
+
+def without_asides(text: str, width: int) -> str:
+    """A text of at most ``width`` characters: what stands in brackets goes first, then its middle.
+
+    Example:
+        >>> without_asides("projected forward Euler (ReLU)", 24)
+        'projected forward Euler…'
+        >>> without_asides("forward Euler", 13)
+        'forward Euler'
+    """
+    if len(text) <= width:
+        return text
+    plain = text.partition(" (")[0] + "…"
+    return plain if len(plain) <= min(width, len(text)) else middle(text, width)
 
 
 def legend(report: ReportFields) -> list[str]:
@@ -131,18 +147,18 @@ def plain(report: ReportFields, width: int = 100) -> str:
         "",
         total(report),
         *([*updates, ""] if updates else []),
-        *(finding_line(finding) for finding in report.findings),
+        *(line for finding in report.findings for line in finding_lines(finding)),
         *report.notes,
     ]
     return printable("\n".join([*head, *table, *tail]))
 
 
-def finding_line(finding: Any) -> str:
-    """A finding in one line: how bad, what, where, what was seen, what to do."""
+def finding_lines(finding: Any) -> list[str]:
+    """A finding: how bad, what, where and what was seen, and what to do in a line of its own."""
     where = finding.module_path or steps_named(finding.steps)
     place = f" at {where}" if where else ""
-    remedy = f" Remedy: {finding.remedy}" if finding.remedy else ""
-    return f"[{finding.severity}] {finding.kind}{place}: {finding.evidence}{remedy}"
+    remedy = [f"    Remedy: {finding.remedy}"] if finding.remedy else []
+    return [f"[{finding.severity}] {finding.kind}{place}: {finding.evidence}", *remedy]
 
 
 def csv_text(report: ReportFields) -> str:

@@ -74,7 +74,8 @@ def trace(
         source: name of the input or embedding to start from, when there are several.
         target: the output to end at: a function of the model's output that returns a tensor, or its path
             (``"logits"``), or the paths of several, which end the flow as one state. By default the first that is
-            not a loss.
+            not a loss; of a list of tensors of one shape, as a network gives out that refines its output, the one that
+            was made last.
         seed: the seed of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
         check: compare the product of the steps' VJPs with the model's own VJP.
         memory: ``"keep"`` what one training forward pass keeps, or ``"recompute"`` the saved tensors of a step when it

@@ -185,3 +185,40 @@ def test_parts_that_are_laid_out_with_gaps_are_looked_at_all_the_same():
     found = stabkit.identify(stabkit.trace(_ByEntry(), torch.randn(3, 6, 4)))
     assert found
     assert not [r.name for r in found if "coupling" in r.name]
+
+
+class _Affine(nn.Module):
+    """Half of the state is scaled and shifted by what a network makes of the other half (RealNVP)."""
+
+    def __init__(self, flip: bool, last: float) -> None:
+        super().__init__()
+        self.net, self.flip = nn.Sequential(nn.Linear(4, 16), nn.LeakyReLU(), nn.Linear(16, 8)), flip
+        with torch.no_grad():
+            for parameter in self.net[-1].parameters():
+                parameter.mul_(last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        a, b = (b, a) if self.flip else (a, b)
+        scale, shift = self.net(a).chunk(2, 1)
+        b = b * (0.8 * torch.tanh(scale)).exp() + shift
+        return torch.cat((b, a) if self.flip else (a, b), 1)
+
+
+@pytest.mark.parametrize(("last", "name"), [(0.0, "additive coupling"), (1.0, "affine coupling")])
+def test_what_a_network_gives_for_scale_and_shift_is_no_field_that_holds_the_state(last: float, name: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[_Affine(bool(i % 2), last) for i in range(4)])
+    found = stabkit.identify(stabkit.trace(model, torch.randn(8, 8)))
+    assert [r.name.startswith(name) for r in found] == [True] * 4
+    assert stabkit.analyze(model, torch.randn(8, 8)).verdict == "stable"
+
+
+def test_nothing_is_read_of_numbers_that_are_not_finite():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[_Affine(bool(i % 2), 1.0) for i in range(4)])
+    with torch.no_grad():
+        model[1].net[0].weight[0, 0] = float("inf")
+    found = stabkit.identify(stabkit.trace(model, torch.randn(8, 8)))
+    assert {(r.name, r.evidence) for r in found} == {("unknown", "unknown")}
+    assert all("not finite" in note for r in found for note in r.notes)

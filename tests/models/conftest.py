@@ -1,4 +1,4 @@
-"""The zoo runs as a whole with ``-m zoo`` and then prints its table; without a marker only its fast subset runs."""
+"""The zoo prints its table where it is asked for: ``-m zoo``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import pytest
 from .zoo import Result, Subject, examine, table
 
 RESULTS = pytest.StashKey[list[Result]]()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    asked_for = "zoo" in config.option.markexpr or config.option.keyword or any("::" in arg for arg in config.args)
-    if asked_for:
-        return
-    slow = [item for item in items if item.get_closest_marker("zoo")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture

@@ -151,3 +151,23 @@ def test_a_constant_that_is_returned_is_said_to_be_one():
 
     with pytest.raises(StabkitError, match="what is returned is a constant"):
         trace(Unwritten(), torch.randn(2, 4))
+
+
+class Unrolled(nn.Module):
+    """Data that every step compares its state with, and maps whose real and imaginary parts every step reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, data, maps):
+        x = data
+        for net in self.nets:
+            real, imaginary = maps[..., 0], maps[..., 1]
+            seen = torch.tanh(net(real * x)) * real + torch.sin(net(imaginary * x)) * imaginary
+            x = x - 0.5 * (x - data) - seen
+        return x.square().sum(-1)
+
+
+def test_the_state_that_steps_carry_on_is_the_source_and_no_map_that_they_read():
+    assert trace(Unrolled(), torch.randn(2, 6), torch.randn(2, 6, 2)).source_name == "0"

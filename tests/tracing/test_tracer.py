@@ -90,6 +90,40 @@ def test_the_first_output_that_is_no_loss_is_the_target():
     assert trace(forward, X, target="loss", batch_dim=None).target_name == "loss"
 
 
+@pytest.mark.parametrize(("pack", "last"), [(list, True), (lambda xs: {"flow": xs}, True), (tuple, False)])
+def test_of_a_list_of_refined_outputs_the_flow_ends_at_the_last(pack, last):
+    """A network that refines its output gives out all of them; a tuple holds different things, the first is meant."""
+
+    class Refined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h, outs = torch.tanh(x @ torch.ones(3, 4)), []
+            for _ in range(4):
+                h = self.cell(x, h)
+                outs.append(self.head(h))
+            return pack(outs)
+
+    flow = trace(Refined(), torch.randn(2, 3))
+    cells = [step for step in flow.steps if step.name.startswith("cell")]
+    assert len(cells) == (4 if last else 1)
+
+
+def test_a_list_of_outputs_of_other_shapes_ends_at_its_first():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fine, self.coarse = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = torch.tanh(self.fine(x))
+            return [y, self.coarse(y)]
+
+    assert trace(Pyramid(), torch.randn(2, 3)).target_name == "0"
+
+
 def test_a_scalar_loss_as_only_output_is_traced():
     flow = trace(lambda x: x.sin().square().mean(), X)
     assert flow.batch == 1

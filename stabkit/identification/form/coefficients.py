@@ -233,11 +233,6 @@ class LinearCombination:
         return [(w, self._pulled(w.to(meta.device))) for w in drawn]
 
     @cached_property
-    def _constants(self) -> list[Tensor]:
-        """The constant factors on the path."""
-        return _constants_of([n for n in self.path if operation(n) in PRODUCTS or operation(n) == "NativeDropout"])
-
-    @cached_property
     def _survival(self) -> float | None:
         """The factor of the samples that a draw keeps; None where no uniform number was drawn.
 
@@ -250,7 +245,10 @@ class LinearCombination:
 
     @cached_property
     def _is_masked(self) -> bool:
-        return any(not bool((t != 0).all()) for t in self._constants)
+        drawn = [
+            n for n in self.path if n._sequence_nr() in self.piece.graph.dropped or operation(n) == "NativeDropout"
+        ]
+        return any(t.dim() and not bool((t != 0).all()) for t in _constants_of(drawn))  # 0 * k_1 is a weight, no mask
 
     @cached_property
     def _gated(self) -> set[Value]:

@@ -104,15 +104,21 @@ def _is_laid_out(piece: Piece, value: Value) -> bool:
 
 
 def _until_one(piece: Piece, value: Value, start: int, sizes: Collection[int]) -> set[Node]:
-    """The operations on a value from some place on, up to the one value of the size of a state that is left of it."""
+    """The operations on a value from some place on, up to the one value of the size of a state that is left of it.
+
+    Nothing where something else takes part, as the half of a state that a network scales and shifts in a coupling.
+    """
     last: dict[Value, int] = dict.fromkeys(piece.targets, len(piece.nodes))
     for position, node in enumerate(piece.nodes):
         last.update((v, max(position, last.get(v, 0))) for v in piece.inputs(node))
-    alive, passed = {value}, set[Node]()
+    alive, made, passed = {value}, {value}, set[Node]()
     for position, node in enumerate(piece.nodes[start:], start):
         if alive.isdisjoint(piece.inputs(node)):
             continue
+        if not made.issuperset(piece.inputs(node)):
+            return set()
         passed.add(node)
+        made.update(outputs_of(node))
         alive.update(v for v in outputs_of(node) if v in last)
         alive = {v for v in alive if last[v] > position}
         if len(alive) == 1 and meta_of(next(iter(alive))).numel in sizes:

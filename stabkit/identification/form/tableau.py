@@ -12,8 +12,9 @@ import numpy.typing as npt
 from stabkit.identification.fields.recorded_fields import RecordedField, recorded_field, together
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm, Stage, Terms
+from stabkit.identification.form.operations import MOVES
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 Matrix = npt.NDArray[np.float64]
 _ZERO = 1e-6  # of weights in single precision
@@ -186,8 +187,11 @@ def blocks(
     numbers: dict[tuple[object, ...], int] = {}
     fields = [numbers.setdefault((stage.key if counts[stage.key] > 1 else id(stage), i), len(numbers))
               for stage, i in rows]  # fmt: skip
-    recorded = tuple(
-        recorded_field(form, *rows[j], before[j], float(B[B[:, j] != 0, j][:1].sum())) for j in range(size)
+    outs = [float(B[B[:, j] != 0, j][:1].sum()) for j in range(size)]
+    fields_there = [recorded_field(form, *rows[j], before[j], out) for j, out in enumerate(outs)]
+    recorded = tuple(  # a way that ends at a stage ends before the sign of its field
+        field.times(-1.0) if field and not out and rows[j][0].key in turned else field
+        for j, (field, out) in enumerate(zip(fields_there, outs, strict=True))
     )
     found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
     return _guided(found, calls) if calls and len(found.rows) == size else found
@@ -195,11 +199,16 @@ def blocks(
 
 def _is_turned(form: NormalForm, key: tuple[object, ...]) -> bool:
     """Whether a field is taken with the other sign at once wherever it is used: minus a gradient is the field."""
-    for stage in form.stages:
-        readers = [n for n in form.piece.nodes if stage.output in form.piece.inputs(n)] if stage.key == key else []
-        if stage.key == key and [operation(n) for n in readers] != ["Neg"]:
-            return False
-    return True
+    return all(_is_negated(form, stage.output) for stage in form.stages if stage.key == key)
+
+
+def _is_negated(form: NormalForm, value: Value) -> bool:
+    """Whether nothing reads a value but a change of sign, once its entries were laid out anew at most."""
+    readers = [n for n in form.piece.nodes if value in form.piece.inputs(n)]
+    while len(readers) == 1 and operation(readers[0]) in MOVES:
+        (moved,) = readers
+        readers = [n for n in form.piece.nodes if any(v in form.piece.inputs(n) for v in outputs_of(moved))]
+    return [operation(n) for n in readers] == ["Neg"]
 
 
 def held_with(form: NormalForm, contexts: Collection[Value]) -> frozenset[Value]:

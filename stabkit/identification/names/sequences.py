@@ -39,12 +39,28 @@ def name_sequence(parts: Sequence[tuple[NormalForm, Blocks]]) -> Name | None:
     )
     if len(told) == 1:
         return replace(told[0], convention=convention)
+    inside = _palindrome(parts, told)
+    if inside is not None:
+        system = "x' = f_1(x) + f_2(x) + ..., half steps around a whole one"
+        return Name(f"Strang splitting ({inside} inside)", system, max(sizes), convention)
     listed = "" if same else f", h = {', '.join(f'{h:.3g}' for h in sizes)}"
     if all(name.name == _EULER for name in told):
         text = f"{len(told)} Euler steps{listed}"
     else:
         text = ", ".join(_run(name, len(list(group))) for name, group in itertools.groupby(name.name for name in told))
     return Name(f"Lie splitting ({text})", "x' = f_1(x) + f_2(x) + ..., one after the other", sizes[0], convention)
+
+
+def _palindrome(parts: Sequence[tuple[NormalForm, Blocks]], told: Sequence[Name]) -> str | None:
+    """The method of all parts, where half steps of some fields stand on both sides of a whole step of another."""
+    keys = [tuple(dict.fromkeys(stage.key for stage in table.rows)) for _, table in parts]
+    whole = told[len(told) // 2].h
+    around = [name.h for i, name in enumerate(told) if i != len(told) // 2]
+    halves = all(abs(2 * h - whole) <= CLOSE * abs(whole) for h in around)
+    fits = len(told) == len(parts) > 1 and len(told) % 2 and keys == keys[::-1] and all(keys)
+    if not fits or not halves or len(set(keys)) != len(keys) // 2 + 1 or len({name.name for name in told}) > 1:
+        return None
+    return told[0].name
 
 
 def _run(name: str, count: int) -> str:

@@ -184,7 +184,7 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         return Name(f"polynomial of one map (degree {len(found.rows)})", system, 1.0, "h = 1: the map as it is")
     if a != 1.0 or not np.allclose(found.U, 1.0):
         return Name("unnamed", "none that is consistent", h, convention)
-    alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
+    alike = [name for name, other in catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
     return Name(f"{NO_TABLEAU} ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
 
@@ -234,7 +234,7 @@ def _of_lawson(found: Blocks) -> tuple[str, float] | None:
 
 def _named_tableau(method: GeneralLinearMethod) -> str | None:
     """The method of the catalogue that has these numbers."""
-    for name, other in _catalogue(method.stages):
+    for name, other in catalogue(method.stages):
         ours, theirs = (method.A, method.B, method.U, method.V), (other.A, other.B, other.U, other.V)
         if all(np.allclose(x, y, atol=CLOSE) for x, y in zip(ours, theirs, strict=True)):
             return name
@@ -313,7 +313,7 @@ def _same_function(method: GeneralLinearMethod, other: GeneralLinearMethod) -> b
 
 
 @cache
-def _catalogue(stages: int | None) -> tuple[tuple[str, GeneralLinearMethod], ...]:
+def catalogue(stages: int | None) -> tuple[tuple[str, GeneralLinearMethod], ...]:
     """One-state, one-field explicit Runge-Kutta methods of the catalogue."""
     explicit = []
     for name in integrators.names():

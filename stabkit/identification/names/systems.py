@@ -9,6 +9,7 @@ import numpy as np
 
 from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.compositions import one_step
+from stabkit.identification.names.coupled_stages import runge_kutta_of_states
 from stabkit.identification.names.multistep import (
     leapfrog,
     name_multistep,
@@ -58,6 +59,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     if r == 2:
         name = (
             _force_of_both(found)
+            or runge_kutta_of_states(found)
             or _verlet(found)
             or _damped_verlet(found)
             or _verlet_of_two_fields(found)

@@ -39,7 +39,7 @@ _SAME_PART = "the first step of its kind: it does what that part does"
 _SECOND_ORDER = "x'' ="  # systems whose force is multiplied by h^2
 _NO_METHOD = (
     "autoregressive", "dense", "fork", "iterative", "join", "linear skip", "no branch", "not a step", "part of",
-    "plain", "scaled state", "skip", "transformed skip", "transition", "unknown", "unnamed",
+    "plain", "scaled state", "skip", "some entries", "transformed skip", "transition", "unknown", "unnamed",
 )  # fmt: skip
 
 

@@ -23,8 +23,14 @@ from stabkit.tracing.graph.values import Value, operation
 
 Reader = Callable[[Surroundings, Slots, Sequence[Link], tuple[int, ...]], Identification]
 
+INSIDE = "a residual lies inside"  # how a note of a step without a skip around it begins that has one in it
 _NESTED = " (residual in residual)"
 _FEWEST = 2  # additions in a branch: of one, x + g(x + f(x)), the two fields are as likely the stages of a step
+
+
+def has_residual_inside(record: Identification) -> bool:
+    """Whether a step without a skip has a residual step in it, so that it is none of the stages of another."""
+    return any(note.startswith(INSIDE) for note in record.notes)
 
 
 def with_nested_chains(

@@ -200,7 +200,11 @@ def _laid_out_anew(form: NormalForm, found: Slots, steps: tuple[int, ...]) -> Id
 
 def _is_evaluated_beside(around: Surroundings, form: NormalForm, steps: tuple[int, ...]) -> bool:
     """Whether the field of a step is that of the step before or behind it, so that it is one and no two in turn."""
-    own = parameters_of(form.stages[0].nodes, around.names)
+    return _is_beside(around, form.stages[0].nodes, steps)
+
+
+def _is_beside(around: Surroundings, nodes: Sequence[Node], steps: tuple[int, ...]) -> bool:
+    own = parameters_of(nodes, around.names)
     near = [i for i in (steps[0] - 1, steps[-1] + 1) if 0 <= i < len(around.flow.steps)]
     beside = [set(parameters_of(around.nodes(i, i + 1), around.names)) for i in near]
     return not own or any(beside_one.issuperset(own) for beside_one in beside)
@@ -222,6 +226,11 @@ def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots
     """Parts of one tensor, made at once, in the order of the states that carry them on."""
     piece = around.whole(steps[0], steps[-1] + 1, found)
     if any(target in found.sources for target in found.targets):
+        nodes = around.nodes(steps[0], steps[-1] + 1)
+        together = [joined(around.graph, nodes, v) for v in around.flow.states[steps[-1] + 1].values]
+        one = any(parts is not None and tuple(parts) == tuple(found.targets) for parts in together)
+        if one and parameters_of(piece.nodes, around.names) and _is_beside(around, piece.nodes, steps):
+            return found  # one tensor, and one field in every step: the newer part becomes the older
         carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
         followed = [sources[0] for sources in carried if len(sources) == 1]
     else:

@@ -193,6 +193,8 @@ def _branch(w: Tensor, vjp: Pull, M: Matrix, layout: _Layout, tolerance: float) 
         layout.unfold(one)[i].copy_(v)
         pulled.append(layout.rows(vjp([one])[0]) - M @ layout.rows(one))
     flat = np.stack([p.ravel() for p in pulled])  # b_i (a x g)
+    if not np.isfinite(flat).all():
+        return None
     left, sizes, right = np.linalg.svd(flat, full_matrices=False)
     if sizes[0] == 0 or sizes[1] > 100 * tolerance * np.linalg.norm(w.double().cpu().numpy()):
         return None

@@ -362,6 +362,11 @@ def _rule_of_constants(coupled: Coupling) -> str | None:
     return rule_of_constants(blocks[0]) if same else None
 
 
+def _range(low: float, high: float) -> str:
+    ends = dict.fromkeys((f"{low:.3g}", f"{high:.3g}"))
+    return " to ".join(ends)
+
+
 def _sizes(low: float, high: float) -> str:
     """The moduli of the numbers that multiply the entries of a state."""
     return f"|a| = {low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"|a| from {low:.3g} to {high:.3g}"
@@ -400,5 +405,5 @@ def _of_blocks(coupled: Coupling, low: float, high: float) -> tuple[str, str]:
         if turns.all() and np.abs(trace - 2 * det).max() <= _CLOSE and (det < 1).all():
             return "backward Euler (linear oscillator)", "y'' = -A y + B u, position and velocity at the new time"
         if turns.all():
-            return f"linear oscillator (|eigenvalues| {low:.3g} to {high:.3g})", "y'' = -A y - g y' + B u"
-    return f"linear recurrence (a matrix, |eigenvalues| {low:.3g} to {high:.3g})", "x' = A x + B u"
+            return f"linear oscillator (|eigenvalues| {_range(low, high)})", "y'' = -A y - g y' + B u"
+    return f"linear recurrence (a matrix, |eigenvalues| {_range(low, high)})", "x' = A x + B u"

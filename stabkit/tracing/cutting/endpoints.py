@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import StabkitError, TraceError
 from stabkit.tracing.graph.values import Value, value_of
-from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import listed_at, map_tensors, named_tensors
 from stabkit.tracing.recording.inputs import differentiable
 from stabkit.tracing.recording.recorder import Ending
 from stabkit.tracing.recording.untouched_model import aside
@@ -66,7 +66,11 @@ def _output_at(output: Any, path: str) -> tuple[str, Tensor]:
 
 
 def find_targets(output: Any, ends: list[tuple[str, Tensor]] | None, target: Target) -> dict[Value, str]:
-    """The values that the flow leads to, with their names: what was asked for, or the first that is not a loss."""
+    """The values that the flow leads to, with their names: what was asked for, or the first that is not a loss.
+
+    Where that is one of a list of tensors of one shape, as a network gives out that refines its output, it is the one
+    that was made last.
+    """
     if ends is not None:
         found = ends
     elif isinstance(target, str):
@@ -90,8 +94,17 @@ def find_targets(output: Any, ends: list[tuple[str, Tensor]] | None, target: Tar
         raise TraceError(f"{_described(floats[0][0])} has no elements: for this input there is nothing to analyse")
     wide = [(path, tensor) for path, tensor in reached if not (tensor.dim() == 0 and "loss" in path)]
     several = ends is not None and not callable(target)
-    meant = reached if several else (wide or reached)[:1]
+    meant = reached if several else [_last_made(output if ends is None else None, (wide or reached)[0], reached)]
     return {value_of(tensor): path or "output" for path, tensor in meant}
+
+
+def _last_made(output: Any, first: tuple[str, Tensor], reached: Sequence[tuple[str, Tensor]]) -> tuple[str, Tensor]:
+    """The tensor that was made last in a list of tensors of one shape; the given one where it is in none."""
+    around, _, _ = first[0].rpartition(".")
+    listed = listed_at(output, around)
+    alike = [found for found in reached if found[0].rpartition(".")[0] == around and found[1].grad_fn is not None]
+    whole = listed is not None and len(alike) == len(listed) and len({tensor.shape for _, tensor in alike}) == 1
+    return max(alike, key=lambda found: found[1].grad_fn._sequence_nr()) if whole else first  # type: ignore[union-attr]
 
 
 def _described(path: str) -> str:

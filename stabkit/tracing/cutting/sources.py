@@ -76,8 +76,9 @@ def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str
 
 def _gives_way(graph: Graph, main: Graph) -> bool:
     """Whether a source conditions another, or is the state with which a recurrence over another begins."""
-    if _enters_again(graph, main):
-        return _is_read_whole(graph, main)
+    if _enters_again(graph, main):  # data that are compared with what is made of them enter every step as well
+        most, others = (max(_carried(one).values()) for one in (graph, main))
+        return not (most >= _AGAIN and most > others) and _is_read_whole(graph, main)
     return _enters_again(main, graph) and not _is_read_whole(main, graph) and not _is_carried(graph, alone=True)
 
 
@@ -105,7 +106,8 @@ def _entries(graph: Graph, shared: Sequence[Node]) -> list[int]:
 def _is_read_whole(graph: Graph, main: Graph) -> bool:
     """Whether what is let in along the way of another source is made of all of this one at each place.
 
-    So a time or a label is; of a sequence every round of a recurrence reads another part.
+    So a time or a label is, or parts of it that are read early and late alike, such as the real and the imaginary part
+    of a map; of a sequence every round of a recurrence reads another part.
     """
     inside = set(graph.nodes) & set(main.nodes)
     let_in = [v for n in graph.nodes if n in inside for v in graph.inputs[n] if v.node not in inside]
@@ -118,20 +120,28 @@ def _is_read_whole(graph: Graph, main: Graph) -> bool:
     read = [mask for mask in read if bool(mask.any())]  # an embedding of zeros lets nothing through yet
     if not read:
         return True
-    shares = [float(mask.sum()) for mask in read]
-    return sum(shares) / len(shares) > _WHOLE * float(torch.stack(read).any(0).sum())
+    shares, known = [float(mask.sum()) for mask in read], float(torch.stack(read).any(0).sum())
+    third = -(-len(read) // 3)
+    again = torch.stack(read[:third]).any(0) & torch.stack(read[-third:]).any(0)
+    return max(sum(shares) / len(shares), float(again.sum()) * (len(read) > 2)) > _WHOLE * known
 
 
 def _is_carried(graph: Graph, *, alone: bool = False) -> bool:
     """Whether a source goes on to the targets along sums and numbers, ``alone`` along sums, entry by entry."""
-    carried = set(graph.sources)
+    carried = _carried(graph, alone=alone)
+    return any(value in carried for value in graph.targets)
+
+
+def _carried(graph: Graph, *, alone: bool = False) -> dict[Value, int]:
+    """The values that a source goes on to along sums and numbers, and how many things that it makes were added."""
+    carried = dict.fromkeys(graph.sources, 0)
     for node in graph.nodes:
         given = graph.inputs[node]
         if not any(value in carried for value in given) or is_python_node(node) or operation(node) not in _CARRYING:
             continue
-        made = outputs_of(node)
+        made, most = outputs_of(node), max(carried[value] for value in given if value in carried)
         if operation(node) not in _ADDING:
-            carried.update(made)
+            carried.update(dict.fromkeys(made, most))
             continue
         if operation(node) in _SCALING and len(given) > 1:
             continue  # a product with something else that the source leads to
@@ -140,8 +150,8 @@ def _is_carried(graph: Graph, *, alone: bool = False) -> bool:
         for value, factor in apply_node(node, [ones], given):
             first = factor.flatten()[:1]
             if value in carried and factor.numel() == meta.numel and bool((factor == first).all()) and bool(first):
-                carried.update(made if not alone or bool(first == 1) else ())
-    return any(value in carried for value in graph.targets)
+                carried.update(dict.fromkeys(made, most + (len(given) > 1)) if not alone or bool(first == 1) else {})
+    return carried
 
 
 def _numel(pair: tuple[Graph, Source]) -> int:

@@ -35,6 +35,18 @@ def named_tensors(container: Any, depth: int = 8) -> list[tuple[str, Tensor]]:
     return list(walk(container, "", depth))
 
 
+def listed_at(container: Any, path: str) -> list[Any] | None:
+    """The list at a path of a nest; None where something else is there, or nothing.
+
+    Example:
+        >>> listed_at({"a": [1, 2], "b": (3,)}, "a"), listed_at({"a": [1, 2], "b": (3,)}, "b")
+        ([1, 2], None)
+    """
+    for key in path.split(".") if path else ():
+        container = next((child for name, child in _children(container) if str(name) == key), None)
+    return container if isinstance(container, list) else None
+
+
 def _children(item: Any) -> list[tuple[Any, Any]]:
     if isinstance(item, Mapping):
         return list(item.items())

@@ -234,3 +234,59 @@ def fill_slots(item: Any, contents: dict[str, Any]) -> None:
 def set_slot(item: Any, key: str, value: Any) -> None:
     """Put another thing into it."""
     slots_of(item)[key].__set__(item, value)
+
+
+def of_mapping(holder: dict[Any, Any], contents: dict[Any, Any]) -> Place:
+    """A dictionary."""
+    return Place(holder, contents, same_mapping, fill_mapping, dict.items, set_item)
+
+
+def of_ordered(holder: OrderedDict[Any, Any], contents: dict[Any, Any]) -> Place:
+    """A dictionary with an order of its own."""
+    return Place(holder, contents, same_ordered, fill_ordered, dict.items, set_item)
+
+
+def of_list(holder: list[Any], contents: list[Any], items: Any) -> Place:
+    """A list, and how what it holds is gone through."""
+    return Place(holder, contents, same_sequence, fill_list, items, set_entry)
+
+
+def of_queue(holder: deque[Any]) -> Place:
+    """A queue with two ends."""
+    return Place(holder, list(deque.__iter__(holder)), same_sequence, fill_queue, enumerate, deque.__setitem__)
+
+
+def of_set(holder: set[Any]) -> Place:
+    """A set."""
+    return Place(holder, set.copy(holder), operator.eq, fill_set, nothing_of, never)
+
+
+def of_bytes(holder: Any) -> Place:
+    """Bytes, or an array of numbers."""
+    return Place(holder, holder[:], operator.eq, fill_bytes, nothing_of, never)
+
+
+def of_text(holder: Any) -> Place:
+    """A file in memory."""
+    return Place(holder, holder.__getstate__(), same_text, fill_text, nothing_of, never)
+
+
+def of_cell(cell: types.CellType) -> Place:
+    """What a closure holds."""
+    return Place(cell, in_cell(cell), same_cell, fill_cell, items_of_cell, set_cell)
+
+
+def of_global(space: dict[str, Any], name: str) -> Place:
+    """What a name of a module is bound to."""
+    return Place((space, name), space.get(name, NOTHING), same_global, fill_global, items_of_cell, set_global)
+
+
+def of_class(kind: type, contents: dict[str, Any]) -> Place:
+    """The attributes of a class."""
+    return Place(kind, contents, same_class, fill_class, dict.items, setattr)
+
+
+def of_slots(item: Any) -> Place:
+    """The slots of an object."""
+    contents = {name: in_slot(item, slot) for name, slot in slots_of(item).items()}
+    return Place(item, contents, same_slots, fill_slots, items_of_slots, set_slot)

@@ -14,10 +14,10 @@ time of a pass by something that says so as soon as the pass takes from it.
 from __future__ import annotations
 
 import array
+import copy
 import enum
 import functools
 import io
-import operator
 import random
 import types
 import weakref
@@ -29,40 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabkit.tracing.recording import places
 from stabkit.tracing.recording.places import (
     EMPTY,
     NOTHING,
     Place,
-    fill_bytes,
-    fill_cell,
-    fill_class,
-    fill_global,
-    fill_list,
-    fill_mapping,
-    fill_ordered,
-    fill_queue,
-    fill_set,
-    fill_slots,
-    fill_text,
     in_cell,
-    in_slot,
-    items_of_cell,
-    items_of_slots,
-    never,
     nothing_of,
-    same_cell,
-    same_class,
-    same_global,
-    same_mapping,
-    same_ordered,
     same_sequence,
-    same_slots,
-    same_text,
-    set_cell,
-    set_entry,
-    set_global,
-    set_item,
-    set_slot,
     slots_of,
 )
 from stabkit.tracing.recording.users_code import HEAP, HERE, is_users, is_users_class, named_globals
@@ -78,18 +52,8 @@ _ATOMS = (
 #: packages whose objects belong to the process, to other threads, or describe code
 _LEFT = (
     *("threading", "queue", "_queue", "multiprocessing", "asyncio", "concurrent", "logging", "socket", "_thread"),
-    *(
-        "subprocess",
-        "sympy",
-        "inspect",
-        "typing",
-        "abc",
-        "torch.distributed",
-        "torch.utils.data",
-        "torch.fx",
-        "torch._",
-    ),
-    "torch.cuda",
+    *("subprocess", "sympy", "inspect", "typing", "abc"),
+    *("torch.distributed", "torch.utils.data", "torch.fx", "torch._", "torch.cuda"),
 )
 _SHARED = ("_thread", "threading", "queue", "multiprocessing")
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -127,6 +91,7 @@ class Reached:
         self.scripted: list[tuple[Any, dict[str, Any]]] = []
         self.with_tensors: list[Place] = []
         self.with_iterators: list[tuple[Place, Any, Path]] = []
+        self._own: list[tuple[Any, list[Any]]] = []
         self._seen: set[int] = set()
         self._waiting: list[tuple[Any, Path]] = [(given, (None, ""))]
         self._walk()
@@ -140,6 +105,33 @@ class Reached:
             if id(item) not in self._seen:
                 self._seen.add(id(item))
                 _kind(type(item))(self, item, path)
+
+    def again(self) -> Reached | None:
+        """What another walk would find, where it is what it was: a copy with the numbers of arrays as they are now.
+
+        To compare what places hold takes a fraction of the time of a walk, which asks every thing what it is.
+        """
+        if self.scripted or any(self.empty) or any(now.dtype == object for now, _ in self.arrays):
+            return None
+        if not all(place.same(place.holder, place.contents) for place in self.places):
+            return None
+        if not all(same_sequence(_led_to(item), values) for item, values in self._own):
+            return None
+        found = copy.copy(self)  # one that is in use goes back to the numbers that it began with
+        found.arrays = [(now, now.copy()) for now, _ in self.arrays]
+        return found
+
+    def further(self, roots: Iterable[Any]) -> Reached:
+        """The same with what hangs on more roots."""
+        new = [root for root in roots if _kind(type(root)) is not _atom and id(root) not in self._seen]
+        if not new:
+            return self
+        found = copy.copy(self)
+        for name, held in vars(self).items():
+            vars(found)[name] = copy.copy(held)
+        found._waiting = [(root, (None, "")) for root in new]
+        found._walk()
+        return found
 
     def restore(self) -> None:
         """Make everything what it was."""
@@ -222,10 +214,10 @@ def _mapping(reached: Reached, item: dict[Any, Any], path: Path) -> None:
     """A dictionary or a subclass; one that is empty needs no copy."""
     if isinstance(item, OrderedDict):
         contents = dict(OrderedDict.items(item)) if item else EMPTY
-        reached._add(Place(item, contents, same_ordered, fill_ordered, dict.items, set_item), path)
+        reached._add(places.of_ordered(item, contents), path)
     else:
         contents = dict.copy(item) if item else EMPTY
-        reached._add(Place(item, contents, same_mapping, fill_mapping, dict.items, set_item), path)
+        reached._add(places.of_mapping(item, contents), path)
     if type(item) not in (dict, OrderedDict):
         _instance(reached, item, path)
 
@@ -237,20 +229,20 @@ def _all_atoms(values: Any) -> bool:
 def _sequence(reached: Reached, item: list[Any], path: Path) -> None:
     contents = list.copy(item)
     items: Any = nothing_of if _all_atoms(contents) else enumerate
-    reached._add(Place(item, contents, same_sequence, fill_list, items, set_entry), path)
+    reached._add(places.of_list(item, contents, items), path)
     if type(item) is not list:
         _instance(reached, item, path)
 
 
 def _queue(reached: Reached, item: deque[Any], path: Path) -> None:
-    place = Place(item, list(deque.__iter__(item)), same_sequence, fill_queue, enumerate, deque.__setitem__)
+    place = places.of_queue(item)
     reached._add(place, path)
     if type(item) is not deque:
         _instance(reached, item, path)
 
 
 def _set(reached: Reached, item: set[Any], path: Path) -> None:
-    place = Place(item, set.copy(item), operator.eq, fill_set, nothing_of, never)
+    place = places.of_set(item)
     reached.places.append(place)
     if not _all_atoms(place.contents):
         reached.wait_for(place.contents, path)
@@ -266,14 +258,14 @@ def _fixed(reached: Reached, item: tuple[Any, ...] | frozenset[Any], path: Path)
 
 
 def _bytes(reached: Reached, item: Any, _path: Path) -> None:
-    reached.places.append(Place(item, item[:], operator.eq, fill_bytes, nothing_of, never))
+    reached.places.append(places.of_bytes(item))
 
 
 def _text(reached: Reached, item: Any, _path: Path) -> None:
     """A file in memory."""
     if item.closed:
         return
-    reached.places.append(Place(item, item.__getstate__(), same_text, fill_text, nothing_of, never))
+    reached.places.append(places.of_text(item))
 
 
 def _array(reached: Reached, item: np.ndarray[Any, Any], path: Path) -> None:
@@ -295,11 +287,18 @@ def _iterator(reached: Reached, item: Any, path: Path) -> None:
 
 def _own(reached: Reached, item: Any, path: Path) -> None:
     """Objects and functions of this package: they stay as they are, and lead to the user's."""
+    values = _led_to(item)
+    reached._own.append((item, values))
+    reached.wait_for(values, path)
+
+
+def _led_to(item: Any) -> list[Any]:
+    """What of the user's an object or a function of this package holds."""
     if isinstance(item, types.FunctionType):
         values = [in_cell(cell) for cell in item.__closure__ or ()]
     else:
         values = list((_own_dict(item) or {}).values())
-    reached.wait_for((value for value in values if _kind(type(value)) in _LEADING), path)
+    return [value for value in values if _kind(type(value)) in _LEADING]
 
 
 def _function(reached: Reached, item: types.FunctionType, path: Path) -> None:
@@ -309,7 +308,7 @@ def _function(reached: Reached, item: types.FunctionType, path: Path) -> None:
     for cell in item.__closure__ or ():
         if id(cell) not in reached._seen:
             reached._seen.add(id(cell))
-            reached._add(Place(cell, in_cell(cell), same_cell, fill_cell, items_of_cell, set_cell), path)
+            reached._add(places.of_cell(cell), path)
     reached.wait_for(item.__defaults__ or (), path)
     reached.wait_for((item.__kwdefaults__ or {}).values(), path)
     if own := item.__dict__:
@@ -328,8 +327,7 @@ def _globals(reached: Reached, item: types.FunctionType, path: Path) -> None:
             key = (id(space), name)
             if hash(key) not in reached._seen:
                 reached._seen.add(hash(key))
-                place = Place((space, name), value, same_global, fill_global, items_of_cell, set_global)
-                reached._add(place, path)
+                reached._add(places.of_global(space, name), path)
         elif value is not NOTHING:
             reached.wait_for((value,), (path, name))
 
@@ -352,7 +350,7 @@ def _class(reached: Reached, item: type, path: Path) -> None:
     if not is_users_class(item):
         return
     contents = {k: v for k, v in vars(item).items() if k not in ("__dict__", "__weakref__", "__doc__")}
-    reached._add(Place(item, contents, same_class, fill_class, dict.items, setattr), path)
+    reached._add(places.of_class(item, contents), path)
     for value in contents.values():
         inner = value.fget if isinstance(value, property) else getattr(value, "__func__", None)
         if isinstance(inner, types.FunctionType):
@@ -378,12 +376,10 @@ def _instance(reached: Reached, item: Any, path: Path) -> None:
 def _attributes(reached: Reached, item: Any, own: dict[str, Any] | None, path: Path) -> None:
     if own is not None and id(own) not in reached._seen:
         reached._seen.add(id(own))
-        place = Place(own, dict.copy(own), same_mapping, fill_mapping, dict.items, set_item)
+        place = places.of_mapping(own, dict.copy(own))
         reached._add(place, path)
-    slots = slots_of(item)
-    if slots:
-        contents = {name: in_slot(item, slot) for name, slot in slots.items()}
-        reached._add(Place(item, contents, same_slots, fill_slots, items_of_slots, set_slot), path)
+    if slots_of(item):
+        reached._add(places.of_slots(item), path)
     classes: tuple[Any, ...] = type(item).__mro__
     for kind in classes:
         if id(kind) not in reached._seen and is_users_class(kind):

@@ -13,6 +13,8 @@ import contextlib
 import types
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from stabkit.tracing.recording.places import Place
 from stabkit.tracing.recording.randomness import RandomStates
 from stabkit.tracing.recording.reachable import Reached
 from stabkit.tracing.recording.stand_ins import put_stand_ins
-from stabkit.tracing.recording.written import HandedOut, Writes
+from stabkit.tracing.recording.written import HandedOut, Writes, version_of
 from stabkit.turns import turn, undone
 
 _LARGE = 2**26  # bytes of a tensor that is no buffer, from which a copy of it is made only if it is written to
@@ -43,7 +45,7 @@ class Safe:
     """
 
     def __init__(self, roots: tuple[Any, ...], given: Any = ()) -> None:
-        self.reached = Reached(roots, given)
+        self.reached = _reached(roots, given)
         self.random = RandomStates(self.reached.generators.values())
         self._by_storage: dict[int, list[Tensor]] = {}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
@@ -168,6 +170,75 @@ class Safe:
         self.random.restore()
 
 
+@dataclass
+class _Walks:
+    """What was reached from a model and what it was called with, first and last.
+
+    Only of the model that came first: copies of it, which remedies are tried on, are not to outlive their trial. What
+    it was called with is held, so that nothing else takes its ids.
+    """
+
+    found: dict[Any, tuple[Any, list[Reached]]] = field(default_factory=dict)
+    first: Any = None
+    over: bool = False
+
+
+_walks: ContextVar[_Walks | None] = ContextVar("walks", default=None)
+_FEW = 4  # sets of arguments
+
+
+@contextlib.contextmanager
+def walked_once() -> Iterator[None]:
+    """Inside, what can be reached from the same roots is walked once, and compared with what it was after that.
+
+    Example:
+        >>> with walked_once(), unchanged(nn.Linear(2, 2)) as safe:
+        ...     len(safe.reached.modules)
+        1
+    """
+    if _known() is not None:
+        yield
+        return
+    walks = _Walks()
+    _walks.set(walks)
+    try:
+        yield
+    finally:  # a generator may be thrown away in another thread, where nothing was set
+        walks.over, walks.first = True, None
+        walks.found.clear()
+
+
+def _known() -> _Walks | None:
+    walks = _walks.get()
+    return None if walks is None or walks.over else walks
+
+
+def _reached(roots: tuple[Any, ...], given: Any) -> Reached:
+    """Everything that hangs on some roots."""
+    walks = _known()
+    if walks is not None and walks.first is None and isinstance(roots[0], nn.Module):
+        walks.first = roots[0]
+    if walks is None or walks.first is not roots[0]:
+        return Reached(roots, given)
+    _, known = walks.found.setdefault(_ids(given), (given, []))
+    found = next((same for each in known if (same := each.again()) is not None), None)
+    if found is None:
+        found = Reached(roots[:1], given)
+        known[1:] = [found]  # the first is that of the model as it is outside of all trials, to which it comes back
+    while len(walks.found) > _FEW:
+        del walks.found[next(iter(walks.found))]
+    return found.further(roots[1:])  # losses are often made anew
+
+
+def _ids(item: Any) -> Any:
+    """What tells things apart that hang on others: tuples and methods are made anew for every call."""
+    if type(item) is tuple:
+        return tuple(map(_ids, item))
+    if isinstance(item, types.MethodType):
+        return id(item.__self__), id(item.__func__)
+    return id(item)
+
+
 class _Guarded:
     """A tensor, and all about it but the numbers that it holds."""
 
@@ -180,10 +251,12 @@ class _Guarded:
         self.grad = tensor.grad if self._leaf else None
         self._hooks = tensor._backward_hooks if self._leaf else None
         self._later = getattr(tensor, "_post_accumulate_grad_hooks", None) if self._leaf else None
-        self._version = None if tensor.is_inference() else tensor._version
+        self._version = version_of(tensor)
         # shares its memory, and keeps it where the tensor is given another
         plain = (
-            type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
+            type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+            and tensor.layout == torch.strided
+            and not (tensor.is_meta or tensor.is_nested)
         )
         self._alias = tensor.detach() if plain else None
 
@@ -356,7 +429,7 @@ def unchanged(*roots: Any, given: Any = ()) -> Iterator[Safe]:
         *roots: the model, and functions that run with it.
         given: what it is called with.
     """
-    with turn():
+    with turn(), walked_once():
         safe = Safe(roots, given)
         with undone(safe.restore):
             yield safe
