@@ -196,7 +196,7 @@ def _bound(
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         guess = did_you_mean(unknown[1], signature.parameters) if unknown else ""
-        raise ArgumentTypeError(f"{function.__name__}: {error}{guess}") from None
+        raise ArgumentTypeError(f"{function.__qualname__.removesuffix('.__init__')}: {error}{guess}") from None
 
 
 def _taken(name: str, value: Any, kinds: list[_Kind]) -> Any:

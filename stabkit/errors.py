@@ -8,9 +8,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from stabkit.text import printable
+
 
 class StabkitError(Exception):
     """Something that the caller can mend; the command line prints its message and exits with code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ArgumentError(StabkitError, ValueError):

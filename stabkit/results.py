@@ -18,6 +18,7 @@ import numpy as np
 
 from stabkit.errors import ArgumentTypeError, StabkitError
 from stabkit.pictures import PICTURES, default_picture, drawing
+from stabkit.text import shows_printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,11 @@ class Result:
         >>> Fit(float("nan"), np.array([1.0, 2.0])).to_dict()
         {'slope': 'NaN', 'errors': [1.0, 2.0]}
     """
+
+    def __init_subclass__(cls) -> None:
+        """Names that come from a model or a file reach a terminal through the text of a result."""
+        if "__str__" in vars(cls):
+            cls.__str__ = shows_printable(vars(cls)["__str__"])  # type: ignore[method-assign]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for strict JSON; see `stabkit.results` for how numbers are written."""

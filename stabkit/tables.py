@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.text import printable
+
 
 def aligned(rows: Sequence[Sequence[str]], text: Collection[int] = (), gap: int = 1) -> list[str]:
     r"""Lines of a table whose first row holds the titles, with a rule below them.
@@ -42,7 +44,7 @@ def aligned(rows: Sequence[Sequence[str]], text: Collection[int] = (), gap: int 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Comma-separated values under their titles; an absent value is an empty cell.
 
-    No text is left such that a spreadsheet would run it as a formula.
+    No text is left such that a spreadsheet would run it as a formula, and no control characters.
 
     Example:
         >>> print(csv_text(["name", "size"], [{"name": "=a", "size": 1}, {"name": "b"}]), end="")
@@ -53,14 +55,14 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return stream.getvalue()
 
 
-def _csv_cell(value: Any) -> Any:
-    """Numbers as Python writes them, and no text that a spreadsheet would run as a formula."""
+def csv_cell(value: Any) -> Any:
+    """Numbers as Python writes them, and a text as a spreadsheet and a terminal can be given it."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return "'" + value
-    return value
+    if not isinstance(value, str):
+        return value
+    return "'" + printable(value) if value.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(value)

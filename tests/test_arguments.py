@@ -124,6 +124,59 @@ def test_no_raw_error(name: str, data: st.DataObject) -> None:
         function(*given_args, **given_kwargs)
 
 
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.EmbeddingBag(10, 4, sparse=True), nn.Linear(4, 4)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.layer(self.table(indices))  # type: ignore[no-any-return]
+
+
+def fails(_output: Tensor) -> Tensor:
+    raise ValueError("of the loss's own")
+
+
+COMPLEX = nn.Linear(4, 4, dtype=torch.complex64), torch.ones(3, 4, dtype=torch.complex64)
+INDICES = torch.arange(15).view(3, 5) % 10
+PLAUSIBLE: dict[str, tuple[str, Callable[[], Any]]] = {
+    "another shape in a budget": ("shapes cannot be", lambda: stabkit.analyze(nn.Linear(5, 5), X, budget=5.0)),
+    "no samples in a budget": ("no samples", lambda: stabkit.analyze(model(), X[:0], budget=5.0)),
+    "no samples": ("no samples", lambda: stabkit.analyze(model(), X[:0])),
+    "a program": ("ExportedProgram", lambda: stabkit.analyze(torch.export.export(model(), (X,)), X)),
+    "complex numbers": ("", lambda: stabkit.analyze(*COMPLEX)),
+    "a complex loss": ("is complex", lambda: stabkit.gradient_profile(flow(), lambda y: y.sum() * 1j)),
+    "sparse gradients": (
+        "sparse=False",
+        lambda: stabkit.gradient_profile(stabkit.trace(Bag(), INDICES), torch.sum, parameters=True),
+    ),
+    "an iterated map": ("iterated map", lambda: stabkit.attribute(stabkit.iterate(torch.tanh, X, 5), torch.sum)),
+    "a ragged tensor": ("nested", lambda: stabkit.analyze(model(), torch.nested.nested_tensor([X, X[:2]]))),
+    "a drawing of nothing": ("ax=3", lambda: plotting.figure_of(3)),  # type: ignore[arg-type]
+    "a loss that raises, profile": ("of the loss's own", lambda: stabkit.gradient_profile(flow(), fails)),
+    "a loss that raises, parameters": (
+        "of the loss's own",
+        lambda: stabkit.gradient_profile(flow(), fails, parameters=True),
+    ),
+    "a loss that raises, analyze": ("of the loss's own", lambda: stabkit.analyze(model(), X, loss=fails)),
+    "a loss that raises, diagnose": ("of the loss's own", lambda: stabkit.diagnose(flow(), fails)),
+    "a loss that raises, attribute": ("of the loss's own", lambda: stabkit.attribute(flow(), fails)),
+    "a loss that raises, sharpness": ("of the loss's own", lambda: stabkit.sharpness(model(), X, loss=fails)),
+    "a loss that raises, plan": ("of the loss's own", lambda: plan(model(), X, loss=fails)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PLAUSIBLE)
+def test_what_people_call_it_with(name: str) -> None:
+    words, call = PLAUSIBLE[name]
+    if not words:
+        call()
+        return
+    with pytest.raises(StabkitError, match=re.escape(words)):
+        call()
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     @accepts
     def take(seed: int = 0, confidence: float = 0.9, check: bool = True) -> list[type]:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from stabkit import checkpoints
@@ -321,3 +323,20 @@ def test_a_closed_pipe_is_quiet(folder, command):
     done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] in ("0", "141")
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("command", [["methods"], ["--help"], ["--version"]])
+def test_a_full_output_device_gives_one_line(command):
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-m", "stabkit", *command], stdout=full, stderr=-1, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+def test_out_of_memory_gives_one_line(monkeypatch, capfd):
+    from stabkit.cli.console import guarded
+
+    monkeypatch.setitem(sys.modules, "rich.text", None)  # no room for what is not loaded yet
+    with pytest.raises(typer.Exit), guarded(debug=False):
+        raise MemoryError
+    assert capfd.readouterr().err.startswith("error: out of memory;")

@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 # from the ground up; `report` is data and stands below the analysis that fills it
 LAYERS = [
     "_version",
+    "text",
     "errors",
     "arguments",
     "tables",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from stabkit.checkpoints.directories import SINGLE, holds_whole_weights, refuse_
 from stabkit.checkpoints.distributed import Distributed, Placed, distributed_folder, read_distributed
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
+from stabkit.checkpoints.mapped import read_mapped, tensors_in
 from stabkit.checkpoints.matching import fill, release_parameters
 from stabkit.checkpoints.model_names import Model, build_model, is_model_name
 from stabkit.checkpoints.opened import Opened
@@ -58,7 +59,7 @@ class StoredWeights:
     """The tensors of a checkpoint whose architecture is not known.
 
     Attributes:
-        tensors: by name; memory-mapped, or read when they are looked up.
+        tensors: by name; those of sharded checkpoints are read when they are looked up.
         name: what they are called.
         description: which set was taken, one sentence a line.
     """
@@ -84,13 +85,20 @@ class ArchitectureMissingError(CheckpointError):
 class _Archive:
     """What a file or a directory holds.
 
-    ``shards`` is set when the tensors in ``content`` are placeholders, which it reads.
+    ``shards`` is set when the tensors in ``content`` are placeholders, which it reads. ``written`` is what tells that
+    a file was written to since it was mapped.
     """
 
     path: Path
     content: Any
     how: str
     shards: Distributed | None = None
+    written: tuple[int, int] | None = None
+
+    def read(self, tensors: Iterable[Tensor]) -> None:
+        """Read those that are mapped only."""
+        if self.written is not None:
+            read_mapped(self.path, tensors, before=self.written)
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors if self.shards is None else Placed(self.shards, tensors)
@@ -182,11 +190,12 @@ def _from_capsule(path: Path, options: Options) -> Opened:
 
 def _from_saved(path: Path, options: Options) -> Opened:
     """What ``torch.save`` wrote, or safetensors."""
-    saved = read_file(path, trust_pickle=options.trust_pickle)
-    archive = _Archive(path, saved.content, saved.how)
+    saved = read_file(path, trust_pickle=options.trust_pickle, mapped=True)
+    archive = _Archive(path, saved.content, saved.how, written=saved.written)
     if options.model is None and options.trust_pickle:
         module = _pickled_module(saved.content, options.key)
         if module is not None:
+            archive.read(tensors_in(module))
             notes = (f"format: {saved.how}", "the module that was pickled")
             return Opened(module, type(module).__name__, notes, step=archive.step)
     return _filled(archive, options)
@@ -218,7 +227,10 @@ def _filled(archive: _Archive, options: Options) -> Opened:
         release_parameters(module)  # random weights, which would stand beside those put together from shards
     try:
         taken, notes = choose_weights(found, module, key=options.key, weights=options.weights)
-        filled = fill(module, archive.placed(arrange(taken, found, module)), taken.metadata)
+        archive.read(taken.tensors.values())
+        arranged = arrange(taken, found, module)
+        archive.read(arranged.values())
+        filled = fill(module, archive.placed(arranged), taken.metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{archive.path}: {error}") from error.__cause__
     said = (f"format: {archive.how}", *notes, *filled.notes)
@@ -315,6 +327,7 @@ def _missing_architecture(archive: _Archive, options: Options) -> CheckpointErro
             "directory that peft saved, and its base model with --base"
         )
     taken, notes = choose_weights(found, None, key=options.key, weights=options.weights)
+    archive.read(taken.tensors.values())
     said = "\n".join([f"source: {archive.path}", f"format: {archive.how}", *notes])
     return ArchitectureMissingError(
         f"{archive.path} holds {len(taken.tensors)} tensors, which is not yet a model; give the architecture: --model "

@@ -9,7 +9,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from stabkit.checkpoints.mapped import CAN_MAP, read_mapped, tensors_in, written
 from stabkit.checkpoints.pickles import globals_asked, refuse_code, stand_ins
 from stabkit.checkpoints.programs import kind_of_archive, refusal
 from stabkit.errors import CheckpointError, did_you_mean
@@ -30,6 +31,7 @@ _MAGIC = {
     b"\x1f\x8b": "is compressed with gzip: gunzip it first",
 }
 _DATA_PICKLE_LIMIT = 2**29
+_SMALL = 2**16  # bytes of tensors that are read at once: counts of steps, settings
 _LEGACY_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # opens torch.save's format before 1.6
 
 
@@ -40,38 +42,49 @@ class SavedObject:
     Attributes:
         content: usually a dictionary.
         how: the format, in words.
+        written: what tells that the file was written to since then.
     """
 
     content: Any
     how: str
+    written: tuple[int, int] = (0, 0)
 
 
-def read_file(path: Path, *, trust_pickle: bool = False) -> SavedObject:
+def read_file(path: Path, *, trust_pickle: bool = False, mapped: bool = False) -> SavedObject:
     """Read a checkpoint file: safetensors, or what ``torch.save`` writes, today's format or the legacy one.
 
-    Tensors are memory-mapped where the format allows it. Nothing in the file is executed unless
+    Nothing in the file is executed unless
     ``trust_pickle`` is given. ``argparse.Namespace`` and numpy values are read as inert stand-ins.
 
     Args:
         path: the file.
         trust_pickle: unpickle whatever the file holds, which runs any code it asks for.
+        mapped: leave large tensors memory-mapped, of which not all are needed; `read_mapped` reads those that are.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another kind, or asks for code to be run.
+        CheckpointError: the file is missing, cut short while it is read, damaged, of another kind, or asks for
+            code to be run.
     """
     regular_file(path)
     with reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on protocols and storages of old files, on escapes in damaged ones
-        with path.open("rb") as file:
-            head = file.read(64)
-        for magic, message in _MAGIC.items():
-            if head.lower().startswith(magic.lower()):
-                raise CheckpointError(f"{path} {message}")
-        if path.suffix.lower() == ".safetensors" or _looks_like_safetensors(path, head):
-            return SavedObject(safetensors.torch.load_file(path), "safetensors, memory-mapped")
-        if head.startswith(b"PK"):
-            return _read_zip(path, trust_pickle)
-        return _read_legacy(path, trust_pickle)
+        before = written(path)
+        found = _read(path, trust_pickle)
+        read_mapped(path, tensors_in(found.content), before=before, up_to=_SMALL if mapped else None)
+    return replace(found, written=before)
+
+
+def _read(path: Path, trust_pickle: bool) -> SavedObject:
+    with path.open("rb") as file:
+        head = file.read(64)
+    for magic, message in _MAGIC.items():
+        if head.lower().startswith(magic.lower()):
+            raise CheckpointError(f"{path} {message}")
+    if path.suffix.lower() == ".safetensors" or _looks_like_safetensors(path, head):
+        return SavedObject(safetensors.torch.load_file(path), "safetensors")
+    if head.startswith(b"PK"):
+        return _read_zip(path, trust_pickle)
+    return _read_legacy(path, trust_pickle)
 
 
 def regular_file(path: Path) -> None:
@@ -127,8 +140,8 @@ def _looks_like_safetensors(path: Path, head: bytes) -> bool:
 def _read_zip(path: Path, trust_pickle: bool) -> SavedObject:
     with path.open("rb") as stream:
         check_archive(stream, path.stat().st_size, path, trust_pickle=trust_pickle)
-    content = _load(path, trust_pickle, mmap=True)
-    return SavedObject(content, "torch.save, memory-mapped" + _trusted(trust_pickle))
+    content = _load(path, trust_pickle, mmap=CAN_MAP)
+    return SavedObject(content, "torch.save" + _trusted(trust_pickle))
 
 
 def check_archive(stream: IO[bytes], size: int, path: Path, *, trust_pickle: bool = False) -> None:

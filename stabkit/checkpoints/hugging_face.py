@@ -60,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Tensor], str]:
-    """Every tensor of a directory, memory-mapped, and where they come from."""
+    """Every tensor of a directory, and where they come from."""
     tensors: dict[str, Tensor] = {}
     files = weight_files(folder)
     for file in files:

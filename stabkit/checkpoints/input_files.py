@@ -87,8 +87,9 @@ def _saved(path: Path, saved: Any) -> FileInput:
 def _arrays(path: Path) -> FileInput:
     try:
         if path.suffix.lower() == ".npy":
-            # a memory map is refused when the header claims more than the file has
-            arrays = {"0": np.array(np.lib.format.open_memmap(path, mode="r"))}
+            # a memory map is refused when the header claims more than the file has; its pages are not touched
+            np.lib.format.open_memmap(path, mode="r")
+            arrays = {"0": np.load(path, allow_pickle=False)}
             ordered = True
         else:
             with zipfile.ZipFile(path) as archive:

@@ -15,7 +15,8 @@ import typer
 
 from stabkit._version import __version__
 from stabkit.cli import analyze, compare, demo, methods, plan, plot, watch
-from stabkit.cli.console import one_of_several
+from stabkit.cli.console import drop_output, is_full, one_of_several
+from stabkit.cli.exit_codes import FAILED
 from stabkit.cli.imports import in_own_process, quick_imports
 
 app = typer.Typer(
@@ -35,7 +36,14 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     in_own_process()
     if not one_of_several():
-        app()
+        try:
+            app()
+        except OSError as error:  # of the help and the version; a command tells of its own
+            if not is_full(error):
+                raise
+            drop_output()
+            sys.stderr.write(f"error: the output cannot be written: {error.strerror}\n")
+            sys.exit(FAILED)
         return
     with quick_imports():
         from stabkit.distributed.ranks import told_to_stop

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -13,6 +15,7 @@ import typer
 
 from stabkit.cli.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED
 from stabkit.errors import StabkitError
+from stabkit.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,16 +36,42 @@ def guarded(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted", debug=False, code=INTERRUPTED)
     except BrokenPipeError:
-        # the reader of a pipe has left: no message can reach it, and closing must not try again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # the reader of a pipe has left: no message can reach it
         raise typer.Exit(PIPE_CLOSED) from None
+    except MemoryError:
+        fail_plainly("out of memory; give a smaller input, or --budget, or --stream for a directory of weights")
     except StabkitError as error:
         fail(str(error), debug)
     except SystemExit as error:
         fail(f"the code of the model left the program with exit code {error.code!r}", debug)
+    except OSError as error:
+        if not is_full(error):
+            fail(f"unexpected {type(error).__name__}: {error}{_hint(debug)}", debug)
+        drop_output()
+        fail_plainly(f"the output cannot be written: {error.strerror}")
     except Exception as error:
-        hint = "" if debug else "; run again with --debug for the traceback"
-        fail(f"unexpected {type(error).__name__}: {error}{hint}", debug)
+        fail(f"unexpected {type(error).__name__}: {error}{_hint(debug)}", debug)
+
+
+def _hint(debug: bool) -> str:
+    return "" if debug else "; run again with --debug for the traceback"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room where something was written to a stream that was open already."""
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def drop_output() -> None:
+    """Nothing more is written to standard output: closing it must not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail_plainly(message: str) -> NoReturn:
+    """As `fail`, with what is loaded already: there may be no memory for more."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f"error: {printable(message)}\n".encode(errors="replace"))
+    raise typer.Exit(FAILED)
 
 
 def fail(message: str, debug: bool, code: int = FAILED) -> NoReturn:
@@ -55,9 +84,12 @@ def fail(message: str, debug: bool, code: int = FAILED) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    from rich.text import Text
+    try:
+        from rich.text import Text
 
-    from stabkit.report.terminal import plain_text
+        from stabkit.report.terminal import plain_text
+    except (MemoryError, ImportError):  # a library that finds no room does not load
+        fail_plainly(message)
 
     line = Text.assemble(("error: ", "bold red"), plain_text(message))
     screen(stderr=True).print(line, highlight=False, soft_wrap=True)
@@ -95,8 +127,6 @@ def stdout_to_stderr() -> Iterator[None]:
 def progress_bar() -> Iterator[Any]:
     """A bar on standard error, on a terminal only; yields ``progress(done, total, name)``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from stabkit.report.formats import printable
 
     console = screen(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -119,9 +119,11 @@ def streamed(
     from stabkit.distributed import session
     from stabkit.streaming import analyze_files
     from stabkit.streaming.meta_model import skeleton
+    from stabkit.streaming.weights import WeightFiles
 
     place = chosen_device(device)
-    made = make_inputs(skeleton(folder), recipe.input or "tokens:1x16", seed=recipe.seed)
+    bare = skeleton(folder, WeightFiles(folder).shapes)
+    made = make_inputs(bare, recipe.input or "tokens:1x16", seed=recipe.seed)
     with session(keep=out) as ranks:
         found = analyze_files(
             folder,

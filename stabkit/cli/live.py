@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from stabkit.cli.console import say, screen
+from stabkit.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +68,7 @@ class Live:
 
         radius = "" if step.spectral_radius is None else f", radius {formats.figures(step.spectral_radius)}"
         left = f", about {seconds_left:.0f} s left" if done < total and seconds_left >= 1 else ""
-        name = formats.middle(formats.printable(step.name), 40)
+        name = formats.middle(printable(step.name), 40)
         self._wait(f"{done} of {total} steps: {name}, growth {formats.signed(step.growth)}{radius}{left}")
 
     def _wait(self, message: str | None) -> None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import inspect
+import importlib.metadata
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from stabkit._version import __version__
 from stabkit.comparison.result import STATES, Snapshot
 from stabkit.errors import ReportError
 from stabkit.report import Report, encoding, files
 from stabkit.report.decoding import decoded
+from stabkit.tracing.recording.dependencies import dependency_key
 
 SCHEMA = "stabkit.snapshot/1"
 _BLOCK = 2**20
+_LIBRARIES = ("transformers", "timm", "torchvision", "peft", "safetensors", "numpy")
 
 
 def store(folder: Path, key: str, snapshot: Snapshot) -> None:
@@ -36,23 +37,31 @@ def store(folder: Path, key: str, snapshot: Snapshot) -> None:
         raise ReportError(f"cache {folder}: the directory cannot be made: {error.strerror}") from error
     if snapshot.report is not None:
         snapshot.report.save(folder / f"{key}.report.json")
-    entry = {"schema": SCHEMA, **dataclasses.replace(snapshot, report=None).to_dict()}
+    entry = json.loads(encoding.lines({"schema": SCHEMA, **dataclasses.replace(snapshot, report=None).to_dict()}))
+    entry["check"] = _check(key, entry, _report(folder, key) if snapshot.report is not None else b"")
     files.write(folder / f"{key}.json", encoding.lines(entry).encode())
 
 
 def fetch(folder: Path, key: str, source: str) -> Snapshot | None:
-    """A snapshot that an earlier run finished, or None when there is none or it cannot be read."""
+    """A snapshot that an earlier run finished, or None when there is none or it is not what was kept."""
     try:
         entry = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         if not isinstance(entry, dict) or entry.get("schema") != SCHEMA or entry.get("state") not in STATES:
             return None
+        report = _report(folder, key) if entry["state"] == "analysed" else b""
+        if entry.pop("check", None) != _check(key, entry, report):
+            return None
         found: Snapshot = decoded(Snapshot, {**entry, "source": source, "cached": True}, "cache")
         if found.state == "analysed":  # under its name of today: the file may have been moved
-            report = dataclasses.replace(Report.load(folder / f"{key}.report.json"), model=source)
-            found = dataclasses.replace(found, report=report)
+            loaded = dataclasses.replace(Report.load(folder / f"{key}.report.json"), model=source)
+            found = dataclasses.replace(found, report=loaded)
         return found if found.step is None or math.isfinite(found.step) else dataclasses.replace(found, step=None)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ReportError):
         return None  # whatever is wrong with it, the checkpoint itself is at hand
+
+
+def _report(folder: Path, key: str) -> bytes:
+    return (folder / f"{key}.report.json").read_bytes()
 
 
 def content_hash(path: Path) -> str:
@@ -77,42 +86,24 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """A hash of plain values, and of the versions of stabkit and torch."""
-    said = {"stabkit": __version__, "torch": torch.__version__, **recipe}
-    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=repr).encode(), digest_size=32).hexdigest()
+def recipe_hash(recipe: Mapping[str, Any], *modules: nn.Module) -> str:
+    """A hash of all that decides a result but the checkpoint; empty where that cannot be known.
+
+    It takes in the libraries that build models of what a checkpoint says. Of modules their weights do not count.
+    """
+    libraries = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            libraries[name] = importlib.metadata.version(name)
+    found = dependency_key(recipe), dependency_key(*modules, weights=False), dependency_key(libraries)
+    return "" if None in found else "-".join(str(key) for key in found)
 
 
-def architecture_hash(module: nn.Module) -> str:
-    """A hash of a module's structure, its plain settings and the source files of its classes; not of its weights."""
-    digest = hashlib.blake2b(digest_size=32)
-    digest.update(repr(module).encode())
-    sources = set()
-    for path, part in module.named_modules():
-        settings = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str | tuple)}
-        settings.pop("training", None)
-        digest.update(f"{path} {sorted(settings.items(), key=lambda pair: pair[0])!r}".encode())
-        kind = type(part)
-        if not kind.__module__.startswith("torch."):
-            sources.add(_source_file(kind))
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(getattr(tensor, 'shape', ()))} {getattr(tensor, 'dtype', '')}".encode())
-    for source in sorted(sources - {None}, key=str):
-        digest.update(str(source).encode())
-        _add_file(digest, Path(str(source)))
-    return digest.hexdigest()
-
-
-def source_hash(function: Any) -> str | None:
-    """A hash of a function's source and of what it closes over; None when that cannot be known."""
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        return None
-    closed = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
-    if not all(isinstance(v, bool | int | float | str | None) for v in closed.values()):
-        return None
-    return hashlib.blake2b(f"{text}{sorted(closed.items())!r}".encode(), digest_size=32).hexdigest()
+def state_of_files(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells that a file, or one below a directory, was written anew."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(file, file.stat()) for file in found if file.is_file()]
+    return tuple((str(file), state.st_ino, state.st_size, state.st_mtime_ns) for file, state in states)
 
 
 def _add_file(digest: Any, path: Path) -> None:
@@ -121,8 +112,7 @@ def _add_file(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
-def _source_file(kind: type) -> str | None:
-    try:
-        return inspect.getsourcefile(kind)
-    except TypeError:  # a class made in an interactive session
-        return None
+def _check(key: str, entry: Mapping[str, Any], report: bytes) -> str:
+    """What tells that an entry and its report are those that were kept."""
+    told = json.dumps({name: value for name, value in entry.items() if name != "check"}, sort_keys=True)
+    return hashlib.blake2b(f"{key}\0{told}\0".encode() + report, digest_size=16).hexdigest()

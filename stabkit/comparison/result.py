@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from stabkit.errors import ArgumentError, ReportError
 from stabkit.pictures import drawing
 from stabkit.report import Report, encoding, files
-from stabkit.report.formats import figures, middle, printable, signed
+from stabkit.report.formats import figures, middle, signed
 from stabkit.report.schema import StepReport, outside
 from stabkit.results import Result
 from stabkit.tables import aligned
 from stabkit.tables import csv_text as comma_separated
+from stabkit.text import printable
 
 SCHEMA = "stabkit.comparison/1"
 STATES = ("analysed", "non-finite", "failed")

@@ -22,9 +22,9 @@ from stabkit.checkpoints.inputs import Input, Inputs
 from stabkit.checkpoints.load import Loaded
 from stabkit.checkpoints.matching import release_parameters
 from stabkit.checkpoints.model_names import Model, build_model
-from stabkit.checkpoints.training_progress import natural_order
+from stabkit.checkpoints.training_progress import natural_order, step_in_name
 from stabkit.comparison import cache as cached
-from stabkit.comparison.cache import architecture_hash, content_hash, recipe_hash, source_hash
+from stabkit.comparison.cache import content_hash, recipe_hash
 from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.diagnosis import Thresholds
 from stabkit.distributed import current
@@ -149,19 +149,22 @@ class _Runner:
     loss: Callable[[Any], torch.Tensor] | None
     folder: Path | None
     inputs: Inputs | None = None
+    first: str = ""  # the checkpoint whose input all get, once there is one
+    first_content: str = ""
 
     def run(self, source: str) -> Snapshot:
-        content = ""
+        content, path = "", Path(source).expanduser()
         if self.folder is not None:
             # a model name has no content; of a file that is not there, loading says what is wrong
             with contextlib.suppress(OSError, ValueError):
-                content = content_hash(Path(source).expanduser())
-        recipe = self._recipe if content else ""
-        key = recipe_hash({"recipe": recipe, "content": content})[:40] if recipe else ""
+                before = cached.state_of_files(path)
+                content = content_hash(path)
+        key = self._key(path, content)
         if key and self.folder is not None:
             found = cached.fetch(self.folder, key, source)
             # where ranks share the work, all of them have to do it, or none
             if all(current().gather(found is not None)) and found is not None:
+                self._is_first(source, content)
                 return found
         try:
             snapshot = self._analysed(source, content)
@@ -170,19 +173,27 @@ class _Runner:
         finally:
             if self.module is not None:
                 release_parameters(self.module)
-        if key and self.folder is not None:
+        self._is_first(source, content)
+        if key and self.folder is not None and _is_still(path, before):
             cached.store(self.folder, key, snapshot)
         return snapshot
 
+    def _is_first(self, source: str, content: str) -> None:
+        if not self.first:
+            self.first, self.first_content = source, content
+
+    def _key(self, path: Path, content: str) -> str:
+        """Of a result; empty where something that decides it cannot be known."""
+        given = self.input is not None and not isinstance(self.input, str | Path)
+        if not (content and self._recipe and (given or not self.first or self.first_content)):
+            return ""
+        decides = self._recipe, content, step_in_name(path), "" if given else self.first_content
+        return content_key(*decides)
+
     def _analysed(self, source: str, content: str) -> Snapshot:
-        loaded = load(
-            source,
-            model=self.module,
-            input=self.inputs if self.inputs is not None else self.input,
-            factory_args=self.factory_args,
-            **self.loading,
-        )
-        self._remember(loaded)
+        if self.inputs is None and self.first:  # what was found of it says nothing of its input
+            self._loaded(self.first)
+        loaded = self._loaded(source)
         name, step = loaded.step if loaded.step is not None else ("", None)
         snapshot = Snapshot(source, "analysed", step, name, content)
         if loaded.non_finite:
@@ -200,43 +211,49 @@ class _Runner:
         )
         return dataclasses.replace(snapshot, report=report)
 
-    def _remember(self, loaded: Loaded) -> None:
-        """Every later checkpoint gets the input of the first."""
+    def _loaded(self, source: str) -> Loaded:
+        """A checkpoint; every later one gets the input of the first."""
+        given = self.inputs if self.inputs is not None else self.input
+        loaded = load(source, model=self.module, input=given, factory_args=self.factory_args, **self.loading)
         if self.inputs is None:
             self.inputs = Inputs(loaded.inputs, "that of the first checkpoint", loaded.kwargs)
+        return loaded
 
     @cached_property
     def _recipe(self) -> str:
-        """A hash of everything but the checkpoint; empty when part of it cannot be hashed."""
-        loss = "none" if self.loss is None else source_hash(self.loss)
-        if loss is None:
-            return ""
+        """A hash of everything but the checkpoint; empty when part of it cannot be known."""
         loading = dict(self.loading)
+        if self.module is None and loading.get("trust_pickle"):
+            return ""  # the file names classes whose code is not read yet
         base = loading.pop("base", None)
-        if isinstance(base, str | Path) and Path(base).exists():
-            loading["base"] = content_hash(Path(base))
+        if isinstance(base, str | Path) and Path(base).expanduser().exists():
+            loading["base"] = content_hash(Path(base).expanduser())
         elif base is not None:
             return ""
         thresholds = self.analysis["thresholds"] or Thresholds()
-        return recipe_hash(
-            {
-                "architecture": "its own" if self.module is None else architecture_hash(self.module),
-                "arguments": self.factory_args,
-                "input": _input_hash(self.input),
-                "loss": loss,
-                "loading": loading,
-                "analysis": {**self.analysis, "thresholds": thresholds.to_dict()},
-            }
-        )
+        recipe = {
+            "arguments": self.factory_args,
+            "input": _content_of(self.input),
+            "loss": self.loss,
+            "loading": loading,
+            "analysis": {**self.analysis, "thresholds": thresholds.to_dict()},
+        }
+        return recipe_hash(recipe, *([] if self.module is None else [self.module]))
 
 
-def _input_hash(given: Input | None) -> str:
-    if given is None or isinstance(given, Inputs):
-        return "inferred" if given is None else content_key((given.args, given.kwargs))
-    if isinstance(given, str | Path):
-        path = Path(given)
-        return f"file {content_hash(path)}" if len(str(given)) < 1024 and path.is_file() else str(given)
-    return content_key(given)
+def _content_of(given: Input | None) -> Any:
+    """An input; in the place of a file what is in it."""
+    if isinstance(given, str | Path) and len(str(given)) < 1024 and Path(given).expanduser().is_file():
+        return "file", Path(given).suffix, content_hash(Path(given).expanduser())
+    return given
+
+
+def _is_still(path: Path, before: object) -> bool:
+    """Whether the files are those that were read."""
+    try:
+        return cached.state_of_files(path) == before
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ class Hessian:
         value: the loss, once a pass was made.
         draws: whether the model draws random numbers as it runs, once a pass was made.
         attends: whether it asks for attention that has fused kernels, which have no second derivative.
-        by_hand: the name of an ``autograd.Function`` of the user's in the pass, if there is one.
+        by_hand: the name of an ``autograd.Function`` of the user's in the pass, if there is one; ``hooks``: or a hook.
         casting: the regions of autocast that it was made in, in which the model runs.
     """
 
@@ -147,7 +147,7 @@ class Hessian:
         self.device = self.parameters[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.n_products = 0
-        self.by_hand, self.draws, self.attends = "", False, False
+        self.by_hand, self.draws, self.attends, self.hooks = "", False, False, False
         self.casting = Casting.active(self.device)
         self.value: float | None = None
         self._kept: Gradient | None = None
@@ -326,7 +326,7 @@ class Hessian:
             self._looked = True
         ends = [get_gradient_edge(part) if part is not None and part.grad_fn else None for part in parts]
         cotangents = [(tensor, u) for tensor, u in zip(read, given, strict=True) if u is not None]
-        way_back = WhenCalled(self.module) if self.by_hand else contextlib.nullcontext()
+        way_back = WhenCalled(self.module) if self.by_hand or self.hooks else contextlib.nullcontext()
         return Gradient(batch, loss, output, parameters, parts, ends, cotangents, way_back)
 
     def _gradient(
@@ -350,7 +350,11 @@ class Hessian:
         return parts
 
     def _running_parameters(self) -> list[nn.Parameter]:
-        return [self.module.get_parameter(name) for name in self._names]
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        for name in self._names:
+            if name not in held:
+                raise TraceError(f"the model removes its parameter {name!r} as it runs; let it keep what it trains")
+        return [held[name] for name in self._names]
 
     @contextlib.contextmanager
     def running(self, batch: Batch, *, graph: bool = True) -> Iterator[tuple[Any, Tensor]]:
@@ -373,7 +377,7 @@ class Hessian:
                     value = scalar_loss(batch.loss, output) if graph else batch.value(output)
                 safe.refuse_other_threads()
                 self.draws = self.draws or not all(map(torch.equal, random_states(self.device), begun))
-                self.attends = self.attends or seen.attends
+                self.attends, self.hooks = self.attends or seen.attends, self.hooks or seen.hooks
                 yield output, value
 
 

@@ -86,9 +86,11 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     Attributes:
         attends: whether attention was asked for that has fused kernels, in whose place plain ones are used.
+        hooks: whether a tensor was hooked.
     """
 
     attends = False
+    hooks = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch._weight_norm:  # up to torch 2.9 gradgradcheck fails on it
@@ -96,6 +98,8 @@ class TwiceDifferentiable(TorchFunctionMode):
             return v * (g / torch.norm_except_dim(v, 2, dim))
         if func is torch.nn.functional.scaled_dot_product_attention:
             self.attends = True
+        elif func is Tensor.register_hook:
+            self.hooks = True
         return func(*args, **(kwargs or {}))
 
 

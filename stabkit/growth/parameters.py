@@ -54,6 +54,10 @@ class ParameterGradients(Result):
 _TRANSPOSES = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
 
 
+#: what is asked of a parameter or set in it, beside its values
+_ASIDE = frozenset({"__get__", "__set__", "requires_grad_", "register_hook", "retain_grad"})
+
+
 class _Uses(TorchFunctionMode):
     """Sees every call that takes a parameter, notes when it was, and passes an alias on, on the graph if wanted."""
 
@@ -69,8 +73,9 @@ class _Uses(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        attribute = getattr(func, "__name__", "") in ("__get__", "__set__") and func not in _TRANSPOSES
-        given = [] if attribute else named_tensors([args, kwargs])
+        aside = getattr(func, "__name__", "") in _ASIDE and func not in _TRANSPOSES
+        # what is done to a parameter off the graph is no use of it: a write must not meet an alias
+        given = [] if aside or not torch.is_grad_enabled() else named_tensors([args, kwargs])
         if any(id(tensor) in self.names for _, tensor in given):
             args, kwargs = map_tensors([list(args), kwargs], self._note)
         return func(*args, **kwargs)
@@ -177,15 +182,33 @@ def _gradients(forward: ForwardPass, loss: Any, expected: list[str], by_sample: 
         scalar = scalar_loss(loss, output)
         aliases = [alias for _, _, alias in seen.uses]
         wanted = [*aliases, *differentiable.values()]
-        grads = torch.autograd.grad(scalar, wanted, allow_unused=True, retain_graph=by_sample is not None)
+        grads = _gradient(scalar, wanted, keep=by_sample is not None)
         of_samples: list[Shares] = []
         if by_sample is not None:
             target, cotangents = _cotangents_of_samples(by_sample, output, scalar)
             for one in cotangents:
-                pulled = torch.autograd.grad(target, aliases, one, allow_unused=True, retain_graph=True)
+                pulled = _gradient(target, aliases, one, keep=True)
                 of_samples.append(list(zip(expected, pulled, strict=True)))
     shares = list(zip(expected, grads, strict=False))
     return _Gradients(shares, dict(zip(differentiable, grads[len(aliases) :], strict=True)), of_samples)
+
+
+def _gradient(
+    of: Tensor, wanted: Sequence[Tensor], cotangent: Tensor | None = None, *, keep: bool
+) -> list[Tensor | None]:
+    """The gradient in some tensors; None in those that the model itself has switched off."""
+    on = [tensor for tensor in wanted if tensor.requires_grad]
+    try:
+        found = iter(torch.autograd.grad(of, on, cotangent, allow_unused=True, retain_graph=keep))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        hint = "; look it up with sparse=False" if "sparse" in str(error) else ""
+        raise TraceError(
+            f"the loss cannot be differentiated in the parameters: {' '.join(str(error).split())[:300]}{hint}"
+        ) from error
+    grads = (next(found) if tensor.requires_grad else None for tensor in wanted)
+    return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
 
 
 def _cotangents_of_samples(flow: Flow, output: Any, scalar: Tensor) -> tuple[Tensor, list[Tensor]]:

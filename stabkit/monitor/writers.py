@@ -14,6 +14,7 @@ from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.monitor.reading import findings_beside
 from stabkit.monitor.record import ALONG, SHARPNESS, Record
 from stabkit.monitor.services import MLflowWriter, TensorBoardWriter, WandbWriter
+from stabkit.tables import csv_cell
 
 _BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
 
@@ -89,7 +90,7 @@ class CSVWriter:
             if not self._columns:
                 self._columns = list(values)
                 self._lines.writerow(self._columns)
-            self._lines.writerow([values.get(column, "") for column in self._columns])
+            self._lines.writerow([csv_cell(values.get(column, "")) for column in self._columns])
         self._file.flush()
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ _PANELS = 4
 _LONG = 100  # steps of a trajectory that can be followed as a line
 
 
+@accepts
 def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: int = 61) -> torch.Tensor:
     """Points of a square grid, line by line: the input for `flow_map`, of shape ``(2 * lines * along, 2)``.
 

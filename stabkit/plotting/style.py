@@ -16,10 +16,12 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Circle
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from stabkit.arguments import a
+from stabkit.arguments import a, accepts
 from stabkit.errors import ArgumentTypeError
+from stabkit.text import printable
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 LIGHT = "#E8EEF2"
@@ -152,7 +154,7 @@ def verbatim(text: str) -> str:
         >>> verbatim("cost_$")
         'cost_\\$'
     """
-    return text.replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
 
 
 def end_of(name: str, width: int) -> str:
@@ -160,6 +162,7 @@ def end_of(name: str, width: int) -> str:
     return verbatim(name if len(name) <= width else f"…{name[1 - width :]}")
 
 
+@accepts
 def figure_of(ax: Axes) -> Figure:
     """The figure that Axes are in, also when they are in a part of it."""
     figure = ax.figure
@@ -168,8 +171,11 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
+@accepts
 def render(figure: Figure, kind: str) -> bytes:
     """A figure as the bytes of a ``"png"``, ``"svg"`` or ``"pdf"`` file; the same figure gives the same bytes."""
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
     dates: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "stabkit"}):

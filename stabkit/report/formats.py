@@ -60,17 +60,6 @@ def middle(text: str, width: int) -> str:
     return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
 
 
-def printable(text: str) -> str:
-    r"""A text without control characters, which are shown as escapes; line ends stay.
-
-    Example:
-        >>> printable("a\x1b[31mb")
-        'a\\x1b[31mb'
-    """
-    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(kept)
-
-
 def steps_named(steps: tuple[int, ...]) -> str:
     """Step indices in few words.
 

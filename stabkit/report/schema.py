@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from stabkit.diagnosis import VERDICTS, Finding, factor
 from stabkit.errors import ArgumentError
-from stabkit.report.formats import figures, percent, printable, room, shapes, signed
+from stabkit.report.formats import figures, percent, room, shapes, signed
 from stabkit.report.shown import shown
 from stabkit.report.training import TrainingReport
 from stabkit.results import Result
+from stabkit.text import printable
 
 ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside the region
 

@@ -10,8 +10,9 @@ from stabkit import tables
 from stabkit.diagnosis import factor
 from stabkit.diagnosis.kinds import headline
 from stabkit.errors import ReportError
-from stabkit.report.formats import figures, middle, printable, signed, steps_named
+from stabkit.report.formats import figures, middle, signed, steps_named
 from stabkit.report.shown import flat, flat_names, shown_fields
+from stabkit.text import printable
 
 if TYPE_CHECKING:
     import pandas

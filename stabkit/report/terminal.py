@@ -17,9 +17,10 @@ from rich.text import Text
 from stabkit.diagnosis import SEVERITIES, Finding
 from stabkit.diagnosis.kinds import Tone, headline, headline_tone
 from stabkit.report import tables
-from stabkit.report.formats import printable, steps_named
+from stabkit.report.formats import steps_named
 from stabkit.report.schema import ReportFields
 from stabkit.report.training import TrainingReport
+from stabkit.text import printable
 
 _COLORS: dict[Tone, str] = {
     "good": "green",

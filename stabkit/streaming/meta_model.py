@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from stabkit.checkpoints.bounds import bounded_by
 from stabkit.checkpoints.hugging_face import architecture, building
 from stabkit.tracing.recording.hooks import hooked
 
@@ -32,14 +33,19 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def skeleton(folder: Path) -> nn.Module:
+def skeleton(folder: Path, stored: Mapping[str, Tensor]) -> nn.Module:
     """The model that ``config.json`` of a Hugging Face directory describes, in evaluation mode, without weights.
 
+    Args:
+        folder: the directory.
+        stored: the tensors beside the config, by name; only their shapes count.
+
     Raises:
-        CheckpointError: the config is missing or damaged, or asks for code of its own.
+        CheckpointError: the config is missing or damaged, asks for code of its own, or describes a model out of all
+            proportion to what is stored.
     """
     model_class, settings = architecture(folder)
     settings._attn_implementation = "eager"  # has a derivative everywhere
-    with building(folder, model_class, seed=0), without_weights():
+    with building(folder, model_class, seed=0), bounded_by(stored, str(folder / "config.json")), without_weights():
         model: nn.Module = model_class(settings)
     return model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from torch import Tensor
 from stabkit.errors import ReportError
 from stabkit.hashing import content_key
 from stabkit.report import files
+from stabkit.tracing.recording.dependencies import dependency_key
+
+_CHECK = "stabkit"  # the entry of a file's metadata with the hash of its key and its tensors
 
 
 class Store:
@@ -36,16 +41,17 @@ class Store:
                 raise ReportError(f"out {folder}: the directory cannot be made: {error.strerror}") from error
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors under a key, None when there are none, or none that can be read."""
+        """The tensors under a key, None when there are none, or none that are what was kept there."""
         if self.folder is None:
             return self._memory.get(key)
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            return None
         try:
-            return safetensors.torch.load(path.read_bytes())
-        except (OSError, ValueError, safetensors.SafetensorError):
+            content = path.read_bytes()
+            found = safetensors.torch.load(content)
+            told = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"][_CHECK]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError):
             return None  # whatever is wrong with it, it can be computed again
+        return found if told == content_key(key, found) else None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a key."""
@@ -53,11 +59,17 @@ class Store:
         if self.folder is None:
             self._memory[key] = kept
         else:
-            files.write(self.folder / f"{key}.safetensors", safetensors.torch.save(kept))
+            told = {_CHECK: content_key(key, kept)}
+            files.write(self.folder / f"{key}.safetensors", safetensors.torch.save(kept, told))
 
 
 def key_of(kind: str, index: int, *parts: Any) -> str:
-    """A key for what is computed at one place from some parts: strings, numbers, tensors, and nests of them.
+    """A key for what is computed at one place from some parts; one that is never met again where a part has none.
+
+    Args:
+        kind: what is kept.
+        index: where.
+        *parts: all that it depends on.
 
     Example:
         >>> import torch
@@ -66,5 +78,4 @@ def key_of(kind: str, index: int, *parts: Any) -> str:
         >>> key_of("state", 3, "weights", torch.ones(2)) == key_of("state", 3, "weights", torch.zeros(2))
         False
     """
-    digest = content_key(*parts, other=lambda part: type(part).__qualname__, size=12)
-    return f"{kind}-{index:04d}-{digest}"
+    return f"{kind}-{index:04d}-{dependency_key(*parts, size=12) or uuid.uuid4().hex[:24]}"

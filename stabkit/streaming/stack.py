@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stabkit.errors import TraceError
 from stabkit.streaming.result_cache import Store, key_of
 from stabkit.streaming.weights import StreamedWeights
+from stabkit.tracing.recording.randomness import seeded
 
 Progress = Callable[[int, int, str], None]
 
@@ -80,11 +81,13 @@ def run_forward(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     store: Store,
+    made: str,
     progress: Progress | None = None,
 ) -> None:
     """Run the model's own forward pass up to the last block, and keep the state before and after every block.
 
     Modules outside the stack have their weights while they run. A block whose result is in the store is not run.
+    ``made`` is a key of the model without its weights.
 
     Raises:
         TraceError: the blocks do not follow one another: something other than the state leads from one to the next.
@@ -96,15 +99,17 @@ def run_forward(
     def run(block: Block, original: Callable[..., Any], state: Tensor, *args: Any, **named: Any) -> Any:
         _check_order(block, state, last, len(blocks))
         if block.index == 0:
-            block.key = key_of("state", 0, state)
+            block.key = key_of("state", 0, state, made)
             store.put(block.key, {"state": state})
         else:
             block.key = last["key"]
         block.args, block.kwargs = args, named
         with weights.present(block.module.modules()) as digest:
-            block.following = key_of("state", block.index + 1, block.key, digest, args, named, str(weights.dtype))
+            ran = block.key, digest, args, named, weights.dtype, weights.device
+            block.following = key_of("state", block.index + 1, *ran)
             known = store.get(block.following)
             if known is None:
+                seeded(block.index)  # what it draws is the same whether or not those before it run
                 result = _state_of(original(state, *args, **named), block.name)
                 store.put(block.following, {"state": result})
             else:

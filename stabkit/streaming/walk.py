@@ -28,6 +28,7 @@ from stabkit.streaming.stack import Block, Progress, run_forward, stack_of
 from stabkit.streaming.weights import StreamedWeights, WeightFiles
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.randomness import seeded, unchanged_randomness
 from stabkit.walk import Observer, Passage, probe_seeds, random_columns, walk_back
 
 _GARBAGE = 2**26  # bytes of weights dropped before memory is swept, which takes a quarter of a second
@@ -53,7 +54,7 @@ def analyze_files(
 ) -> StreamedProfile:
     """Growth and largest singular values of every block, with the weights of one block in memory at a time.
 
-    The model's own forward pass runs once over blocks that get their weights from memory-mapped safetensors files when
+    The model's own forward pass runs once over blocks that get their weights from safetensors files when
     they are called and lose them when they return. Then the blocks are taken from the last to the first: each is
     recorded alone, from the state that was kept before it, and standard normal cotangents of the last state are pulled
     back. Peak memory is that of one block with its probes; the states are in ``out``.
@@ -74,7 +75,8 @@ def analyze_files(
         dtype: in which weights and states are used, whatever they have in the files.
         device: where blocks are run; weights go there one block at a time.
         out: a directory for states and finished blocks, from which an interrupted run goes on; None keeps them in
-            memory. Results are found again by the bytes of the weights and the input, not by name.
+            memory. Results are found again by what they were computed from: the bytes of the weights and the input, the
+            settings, and the model with its code.
         seed: the seed of the probes.
         progress: called with (done, total, block name), forward and back.
         ranks: who shares the work; by default all ranks of the process group that runs.
@@ -105,9 +107,10 @@ def analyze_files(
     _check(k, inputs, kwargs)
     folder = Path(directory)
     files = WeightFiles(folder)
-    bare = skeleton(folder) if model is None else _built(model)
+    bare = skeleton(folder, files.shapes) if model is None else _built(model)
     weights = StreamedWeights(bare, files, dtype, torch.device(device))
     blocks = stack_of(bare)
+    made = key_of("model", 0, bare)  # before anything of the model is replaced
     store = Store(None if out is None else Path(out))
     args, named = map_tensors([inputs, dict(kwargs or {})], lambda tensor: tensor.to(weights.device))
     ranks = current() if ranks is None else ranks
@@ -116,12 +119,14 @@ def analyze_files(
 
     def walk(part: int) -> list[dict[str, Tensor]]:
         first, end = shares[part]
-        run_forward(bare, blocks, weights, args, named, store, progress)
         settings = [
-            BlockSettings(first, end - first, k if block.index % ranks.count == part else 0, tol, max_products, seed)
-            for block in blocks
+            BlockSettings(first, end - first, k if index % ranks.count == part else 0, tol, max_products, seed)
+            for index in range(len(blocks))
         ]
-        return _walk_back(blocks, weights, store, settings, progress)
+        with unchanged_randomness():
+            seeded(0)
+            run_forward(bare, blocks, weights, args, named, store, made, progress)
+            return _walk_back(blocks, weights, store, settings, progress)
 
     results = _put_together(ranks.share(walk, [1.0] * ranks.count, name="part"))
     return _profile(bare, blocks, weights, results, store, seed, time.perf_counter() - began)
@@ -286,6 +291,7 @@ def measure_block(
 ) -> dict[str, Tensor]:
     """What one block does to the cotangents of the state after it, and its singular values."""
     with weights.present(block.module.modules()):
+        seeded(block.index)  # as it was run forward
         flow = trace(block.step(), state, depth=["module"], seed=settings.seed)
         batch, probes, end = flow.batch, settings.probes, flow.states[-1]
         if cotangents is None or powers is None:

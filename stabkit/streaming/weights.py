@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stabkit.checkpoints.files import reading
 from stabkit.checkpoints.hugging_face import weight_files
+from stabkit.checkpoints.mapped import CAN_MAP, read_mapped, written
 from stabkit.errors import CheckpointError, did_you_mean
 from stabkit.hashing import raw
 
@@ -23,6 +24,9 @@ class WeightFiles:
     Args:
         folder: holds ``model.safetensors``, or shards and their index.
 
+    Attributes:
+        shapes: tensors without entries, by name.
+
     Raises:
         CheckpointError: there are none, or they are no safetensors.
     """
@@ -30,6 +34,7 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self.shapes: dict[str, Tensor] = {}
         for path in weight_files(folder):
             if path.suffix != ".safetensors":
                 raise CheckpointError(
@@ -37,7 +42,9 @@ class WeightFiles:
                     "safe_serialization=True), or load it whole"
                 )
             with reading(path), safetensors.safe_open(path, framework="pt") as opened:
-                self._files.update(dict.fromkeys(opened.keys(), path))
+                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    self._files[name] = path
+                    self.shapes[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
 
     @property
     def n_bytes(self) -> int:
@@ -65,13 +72,15 @@ class WeightFiles:
         for name in sorted(set(names)):
             by_file.setdefault(self._files[name], []).append(name)
         for path, inside in sorted(by_file.items()):
+            before = written(path)
             with reading(path), safetensors.safe_open(path, framework="pt") as opened:
                 for name in inside:
                     tensor = opened.get_tensor(name)
+                    read_mapped(path, [tensor], before=before)
                     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
                     digest.update(raw(tensor))
                     kind = dtype if tensor.is_floating_point() else tensor.dtype
-                    found[name] = tensor.to(device, kind, copy=True)
+                    found[name] = tensor.to(device, kind, copy=not CAN_MAP)
         return found, digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
+from stabkit.text import shows_printable
 from stabkit.tracing.cutting.endpoints import Target, outputs_read, scalar_loss
 from stabkit.tracing.cutting.samples import Layout
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
@@ -245,6 +246,7 @@ class Flow:
     def __len__(self) -> int:
         return len(self.steps)
 
+    @shows_printable
     def __repr__(self) -> str:
         lines = [f"Flow of {type(self.model).__name__}: {len(self.steps)} steps, batch {self.batch}"]
         for step in self.steps:

@@ -16,9 +16,10 @@ from stabkit.checkpoints.training_progress import natural_order
 from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
 from stabkit.report import encoding, files
-from stabkit.report.formats import figures, middle, printable, signed
+from stabkit.report.formats import figures, middle, signed
 from stabkit.results import Result
 from stabkit.tables import aligned
+from stabkit.text import printable
 from stabkit.weights.matrices import MatrixReport, measure
 from stabkit.weights.roles import role_of
 

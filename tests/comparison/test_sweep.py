@@ -116,7 +116,8 @@ def test_a_second_run_takes_everything_from_the_cache(run, tmp_path, monkeypatch
     folder = tmp_path / "kept"
     first = compare(run, cache=folder, **OPTIONS)
     assert not any(s.cached for s in first.snapshots)
-    moved = run[0].rename(tmp_path / "moved.pt")  # the content counts, not the name
+    (tmp_path / "elsewhere").mkdir()
+    moved = run[0].rename(tmp_path / "elsewhere" / run[0].name)  # the content counts, not the place
     monkeypatch.setattr(sweep, "analyze", None)
     again = compare([moved, *run[1:]], cache=folder, **OPTIONS)
     assert all(s.cached for s in again.snapshots)
@@ -142,11 +143,123 @@ def test_a_damaged_cache_is_made_anew(run, tmp_path):
     assert all(s.cached for s in compare(run, cache=folder, **OPTIONS).snapshots)
 
 
-def test_a_loss_that_cannot_be_hashed_is_not_cached(run, tmp_path):
-    target = torch.ones(4)
+def cached(run, folder, **options):
+    found = compare(run, cache=folder, **{**OPTIONS, **options})
+    anew = compare(run, **{**OPTIONS, **options})
+    assert (found.growth == anew.growth).all()
+    assert [s.step for s in found.snapshots] == [s.step for s in anew.snapshots]
+    return [s.cached for s in found.snapshots]
+
+
+def test_a_loss_counts_with_what_it_closes_over(run, tmp_path):
+    target, folder = torch.ones(4), tmp_path / "kept"
     for _ in range(2):
-        found = compare(run, cache=tmp_path / "kept", loss=lambda y: ((y - target) ** 2).sum(), **OPTIONS)
-        assert not any(s.cached for s in found.snapshots)
+        last = cached(run, folder, loss=lambda y: ((y - target) ** 2).sum())
+    assert all(last)
+    target = torch.zeros(4)
+    assert not any(cached(run, folder, loss=lambda y: ((y - target) ** 2).sum()))
+    for _ in range(2):  # nothing tells what is left of it
+        left = (value for value in (0.0,))
+        assert not any(cached(run, folder, loss=lambda y, left=left: (y**2).sum() + 0 * len([left])))
+
+
+SLOPE = 1.0
+
+
+class Sloped(nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x):
+        return SLOPE * self.table[0] * x
+
+
+def test_a_model_counts_with_its_code_and_all_that_hangs_on_it(run, tmp_path, monkeypatch):
+    def model(value=1.0, act=torch.tanh):
+        chained = chain()
+        chained.add_module("sloped", Sloped([value]))
+        chained.register_forward_hook(lambda module, args, out: act(out))
+        return chained
+
+    folder = tmp_path / "kept"
+    assert not any(cached(run, folder, model=model))
+    assert all(cached(run, folder, model=model))
+    assert not any(cached(run, folder, model=lambda: model(2.0)))
+    assert not any(cached(run, folder, model=lambda: model(act=torch.sin)))
+    monkeypatch.setitem(globals(), "SLOPE", 3.0)
+    assert not any(cached(run, folder, model=model))
+
+
+FACTORY = "from torch import nn\nimport {helper}\ndef make(gain=1.0):\n    return {helper}.Net(gain)\n"
+HELPER = """
+from torch import nn
+GAINS = [{gain}]
+class Net(nn.Sequential):
+    def __init__(self, gain):
+        super().__init__(*[nn.Linear(4, 4, bias=False) for _ in range(3)])
+        self.gain = lambda: gain
+    def forward(self, x):
+        return GAINS[0] * self.gain() * super().forward(x)
+"""
+
+
+def test_a_factory_counts_with_the_files_that_it_imports(run, tmp_path):
+    def state(gain, **options):
+        (tmp_path / "zoo.py").write_text(FACTORY.format(helper="neighbour"))
+        (tmp_path / "neighbour.py").write_text(HELPER.format(gain=gain))
+        sys.modules.pop("neighbour", None)
+        return cached(run, tmp_path / "kept", model=f"{tmp_path / 'zoo.py'}:make", **options)
+
+    assert not any(state(1.0))
+    assert all(state(1.0))
+    assert not any(state(2.0))
+    assert not any(state(2.0, factory_args={"gain": 3.0}))
+
+
+def test_a_count_in_the_name_and_the_input_of_the_first_are_those_of_today(tmp_path):
+    folder = tmp_path / "kept"
+    run = [tmp_path / f"step{i}.pt" for i in (1, 2)]
+    for i, path in enumerate(run, 1):
+        torch.save(scaled(1.0 + i), path)
+    assert not any(cached(run, folder))
+    renamed = [run[0], run[1].rename(tmp_path / "step7.pt")]
+    assert cached(renamed, folder) == [True, False]
+    # the other one alone has an input of its own
+    np = pytest.importorskip("numpy")
+    np.save(tmp_path / "x.npy", np.ones((2, 4), "float32"))
+    assert not any(cached(run[:1], folder, input=str(tmp_path / "x.npy")))
+    np.save(tmp_path / "x.npy", -np.ones((2, 4), "float32"))
+    assert not any(cached(run[:1], folder, input=str(tmp_path / "x.npy")))
+
+
+def test_a_checkpoint_that_is_written_meanwhile_is_not_kept(run, tmp_path, monkeypatch):
+    from stabkit.comparison import sweep
+
+    real = sweep.content_hash
+
+    def hashed(path):
+        found = real(path)
+        torch.save({"model": scaled(3.0), "epoch": 9}, path)
+        return found
+
+    kept = run[0].read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "content_hash", hashed)
+        compare(run[:1], cache=tmp_path / "kept", **OPTIONS)
+    run[0].write_bytes(kept)
+    assert cached(run[:1], tmp_path / "kept") == [False]
+
+
+def test_a_kept_file_with_one_wrong_digit_is_made_anew(run, tmp_path):
+    folder = tmp_path / "kept"
+    compare(run, cache=folder, **OPTIONS)
+    for file in folder.iterdir():
+        text = file.read_text()
+        place = next(j for j, c in enumerate(text[len(text) // 3 :], len(text) // 3) if c in "123")
+        file.write_text(text[:place] + "4" + text[place + 1 :])
+    assert not any(cached(run, folder))
+    assert all(cached(run, folder))
 
 
 def test_an_error_of_the_call_is_raised(run):

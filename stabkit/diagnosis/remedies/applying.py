@@ -169,6 +169,7 @@ def _stand_in(
         if held.is_meta:
             raise ArgumentError(f"the values of {action['parameter']!r} are not in memory")
         fresh = nn.Parameter(held.detach().clone(), requires_grad=held.requires_grad)
+        fresh.grad = None if held.grad is None else held.grad.clone()  # a model may read it as it runs
         path, _, own = action["parameter"].rpartition(".")
         where = places[id(held)] or [(_module(model, path), own)]  # in a module that was put in just now
         for module, name in where:
@@ -334,6 +335,8 @@ def parameter(model: nn.Module, path: str) -> nn.Parameter:
     """A parameter by its path."""
     try:
         return model.get_parameter(path)
+    except RuntimeError:  # TorchScript finds its parameters by no path
+        return dict(model.named_parameters(remove_duplicate=False))[path]
     except AttributeError:
         raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?") from None
 

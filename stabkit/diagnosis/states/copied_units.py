@@ -79,11 +79,16 @@ def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
     if not (entries_are_finite(sums) or entries_are_finite(rows)) or not (bool(sums.any()) or bool(rows.any())):
         return None
     # copies have one sum; rows are compared entry by entry only where few sums differ, since that sorts the matrix
-    distinct = len(torch.unique(sums if bias is None else sums + bias.to(sums)))
+    distinct = _distinct(sums if bias is None else sums + bias.to(sums))
     if distinct > max(1, _MOST * len(rows)):
         return distinct
     rows = rows if bias is None else torch.cat([rows, bias[:, None].to(rows)], dim=1)
-    return len(torch.unique(rows, dim=0))
+    return _distinct(rows)
+
+
+def _distinct(rows: Tensor) -> int:
+    real = torch.view_as_real(rows) if rows.is_complex() else rows
+    return len(torch.unique(real, dim=0) if real.dim() > 1 else torch.unique(real))
 
 
 def _finding(

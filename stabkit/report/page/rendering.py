@@ -18,6 +18,7 @@ from stabkit.report import tables
 from stabkit.report.formats import figures, percent, signed
 from stabkit.report.plane import Plane, plane_of
 from stabkit.report.shown import Shown, shown_fields
+from stabkit.text import printable
 
 if TYPE_CHECKING:
     import jinja2
@@ -81,7 +82,11 @@ def _environment() -> jinja2.Environment:
     import jinja2  # needed for pages alone
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.lstrip_blocks = True
     environment.filters |= {

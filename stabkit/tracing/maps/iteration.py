@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stabkit.arguments import accepts
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
+from stabkit.text import shows_printable
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.maps.first_step import check_sizes, tensors_of, try_first_step
 from stabkit.tracing.maps.linearization import RecordedStep, StepFunction, Tensors, jacobians
@@ -67,6 +68,7 @@ class Iteration:
     def __len__(self) -> int:
         return self.n_steps
 
+    @shows_printable
     def __repr__(self) -> str:
         return f"Iteration of {self.name}: {self.n_steps} steps of {self.space.size} numbers, batch {self.batch}"
 
@@ -140,14 +142,16 @@ class Iteration:
             steps = [self._recorded(states[i : i + 2], start + i, 1) for i in range(stop - start)]
 
         def forward(columns: Tensor) -> Tensor:
-            steps[0].certify(space.batch)
-            for step in steps:
-                columns = step.push(columns)
+            with self._aside():  # hooks of its own may run on the way back
+                steps[0].certify(space.batch)
+                for step in steps:
+                    columns = step.push(columns)
             return columns
 
         def backward(columns: Tensor) -> Tensor:
-            for step in reversed(steps):
-                columns = step.pull(columns)
+            with self._aside():
+                for step in reversed(steps):
+                    columns = step.pull(columns)
             return columns
 
         shape = (space.batch, space.size, space.size)

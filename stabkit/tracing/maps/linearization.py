@@ -125,18 +125,32 @@ def jacobians(function: StepFunction, states: Sequence[Tensors], drive: Tensors)
 def pulled(leaves: Tensors, after: Tensors, stacked: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
     """One cotangent, stacked as ``(1, *shape)``, pulled back; the graph is kept."""
     pairs = [(tensor, part[0]) for tensor, part in zip(after, stacked, strict=True) if tensor.requires_grad]
-    grads = torch.autograd.grad(
-        [tensor for tensor, _ in pairs],
-        leaves,
-        [part for _, part in pairs],
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-    )
+    try:
+        grads = torch.autograd.grad(
+            [tensor for tensor, _ in pairs],
+            leaves,
+            [part for _, part in pairs],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _no_way_back(error) from error
     return [
         (torch.zeros_like(leaf) if grad is None else grad).unsqueeze(0)
         for leaf, grad in zip(leaves, grads, strict=True)
     ]
+
+
+def _no_way_back(error: RuntimeError) -> TraceError:
+    if "modified by an inplace operation" in str(error):
+        return TraceError(
+            "the step writes the weights that it was differentiated with each time it runs, by clamping or "
+            "renormalising them: apply that change beforehand"
+        )
+    return TraceError(f"the derivative of the step failed: {' '.join(str(error).split())[:300]}")
 
 
 class RecordedStep:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stabkit.errors import TraceError
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 
 
@@ -45,6 +46,8 @@ class Call:
             [[[2.0, 3.0]], [1.0, 1.0, 1.0, 1.0, 1.0]]
         """
         count, dim = self.samples, self.batch_dim
+        if count == 0:
+            raise TraceError("the input holds no samples; give at least one")
         if dim is None or (low, high) == (0, count):
             return self
 

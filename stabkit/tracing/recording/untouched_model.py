@@ -26,7 +26,7 @@ from stabkit.tracing.recording.places import Place
 from stabkit.tracing.recording.randomness import RandomStates
 from stabkit.tracing.recording.reachable import Reached
 from stabkit.tracing.recording.stand_ins import put_stand_ins
-from stabkit.tracing.recording.written import HandedOut, Writes
+from stabkit.tracing.recording.written import HandedOut, Writes, version_of
 from stabkit.turns import turn, undone
 
 _LARGE = 2**26  # bytes of a tensor that is no buffer, from which a copy of it is made only if it is written to
@@ -251,10 +251,12 @@ class _Guarded:
         self.grad = tensor.grad if self._leaf else None
         self._hooks = tensor._backward_hooks if self._leaf else None
         self._later = getattr(tensor, "_post_accumulate_grad_hooks", None) if self._leaf else None
-        self._version = None if tensor.is_inference() else tensor._version
+        self._version = version_of(tensor)
         # shares its memory, and keeps it where the tensor is given another
         plain = (
-            type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
+            type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+            and tensor.layout == torch.strided
+            and not (tensor.is_meta or tensor.is_nested)
         )
         self._alias = tensor.detach() if plain else None
 

@@ -98,3 +98,11 @@ class HandedOut(TorchFunctionMode):
         elif func in ACCUMULATES:
             self._accumulates()
         return func(*args, **(kwargs or {}))
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often something was written to it; None where nobody counts."""
+    try:
+        return tensor._version
+    except RuntimeError:  # it was made under inference_mode, or has the memory of one that was
+        return None
