@@ -119,4 +119,5 @@ def makers(tensor: Tensor, count: int) -> list[Tensor]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_meta
+    whole = not (tensor.is_meta or hasattr(tensor, "to_local"))  # a part of one says little of the whole
+    return whole and tensor.is_floating_point() and tensor.numel() > 0 and tensor.is_contiguous()

@@ -76,7 +76,8 @@ class Outlets:
         level = _LEVELS[finding.severity]
         news = step - self._last >= _AGAIN or (finding.kind == _ALWAYS and not self._lost)
         if level > logging.INFO:
-            self._last, self._lost = step, self._lost or finding.kind == _ALWAYS
+            placed = finding.kind == _ALWAYS and finding.module_path != ""  # where it is may be told a step later
+            self._last, self._lost = step, self._lost or placed
         if self._logs:
             LOGGER.log(level if news else logging.INFO, "%s", line(finding, step))
 

@@ -33,6 +33,45 @@ class Updates:
     after: list[Tensor]
 
 
+class _Entries:
+    """Evenly spaced entries of tensors, as views where they are plain.
+
+    Args:
+        tensors: parameters.
+        index: the block of each, by its ``id``.
+        plain: whether they are ordinary tensors of one kind.
+    """
+
+    def __init__(self, tensors: list[Tensor], index: dict[int, int], *, plain: bool) -> None:
+        self.tensors = tensors
+        self.owners = [index[id(p)] for p in tensors]
+        self._views = _entries(tensors) if plain and tensors and all(p.is_contiguous() for p in tensors) else None
+        self._places = [p.data_ptr() for p in tensors] if self._views else []
+        some = _entries(tensors) if self._views is None else self._views
+        counts = [entries.numel() for entries in some]
+        sizes = [local(p).numel() / copies(p) for p in tensors]
+        self.factors = [(size / max(count, 1)) ** 0.5 for size, count in zip(sizes, counts, strict=True)]
+        self._lengths = torch.tensor(counts, device=some[0].device) if some else None
+
+    def are_of(self, tensors: list[Tensor]) -> bool:
+        """Whether they are of these, and lie where these lie."""
+        if len(tensors) != len(self.tensors) or not all(a is b for a, b in zip(tensors, self.tensors, strict=True)):
+            return False
+        return self._views is None or [p.data_ptr() for p in tensors] == self._places
+
+    def copied(self) -> list[Tensor]:
+        """Copies as they are now: of each tensor, or all of plain ones in one."""
+        if self._views is None:
+            return [entries.clone() for entries in _entries(self.tensors)]
+        return [torch.cat(self._views)]
+
+    def norms(self, samples: list[Tensor]) -> list[Tensor]:
+        """The norm of the entries of each tensor."""
+        if self._views is None:
+            return norms_of(samples)
+        return list(torch.segment_reduce(samples[0].square(), "sum", lengths=self._lengths).sqrt().unbind())
+
+
 class UpdateSampler:
     """Watches optimizers by up to 256 evenly spaced entries of each parameter, during one training step.
 
@@ -44,9 +83,10 @@ class UpdateSampler:
     ) -> None:
         self._optimizers = list(optimizers)
         self._index = {id(p): i for p, i in zip(parameters.tensors, parameters.owners.tolist(), strict=True)}
-        self._failed = failed
+        self._failed, self._plain = failed, parameters.plain
+        self._entries: dict[int, _Entries] = {}  # by optimizer
         self._undo: list[Callable[[], None]] = []
-        self._before: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._before: dict[int, list[Tensor]] = {}
         self._found: Updates | None = None
 
     def on(self) -> None:
@@ -74,7 +114,11 @@ class UpdateSampler:
         try:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             tensors = [p for p in params if p.grad is not None and id(p) in self._index]
-            self._before[id(optimizer)] = (tensors, _sample(tensors))
+            with torch.no_grad():
+                entries = self._entries.get(id(optimizer))
+                if entries is None or not entries.are_of(tensors):
+                    entries = self._entries[id(optimizer)] = _Entries(tensors, self._index, plain=self._plain)
+                self._before[id(optimizer)] = entries.copied()
         except Exception as error:  # an error here would end the training
             self._failed(error)
 
@@ -82,29 +126,27 @@ class UpdateSampler:
         if torch.compiler.is_compiling() or id(optimizer) not in self._before:
             return
         try:
-            tensors, before = self._before.pop(id(optimizer))
-            if tensors:
-                self._compare(tensors, before)
+            before, entries = self._before.pop(id(optimizer)), self._entries[id(optimizer)]
+            if not entries.are_of(entries.tensors):  # an optimizer that puts new tensors in their place
+                self._plain = False
+            elif entries.tensors:
+                self._compare(entries, before)
         except Exception as error:
             self._failed(error)
 
     @torch.no_grad()
-    def _compare(self, tensors: list[Tensor], before: list[Tensor]) -> None:
-        after = _sample(tensors)
+    def _compare(self, entries: _Entries, before: list[Tensor]) -> None:
+        after = entries.copied()
         torch._foreach_sub_(before, after)
         if self._found is None:
             self._found = Updates([], [], [], [])
-        self._found.owners += [self._index[id(p)] for p in tensors]
-        self._found.factors += [
-            (local(p).numel() / max(sample.numel(), 1) / copies(p)) ** 0.5
-            for p, sample in zip(tensors, after, strict=True)
-        ]
-        self._found.changes += norms_of(before)
-        self._found.after += norms_of(after)
+        self._found.owners += entries.owners
+        self._found.factors += entries.factors
+        self._found.changes += entries.norms(before)
+        self._found.after += entries.norms(after)
 
 
-@torch.no_grad()
-def _sample(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of evenly spaced entries of each tensor, of those that this rank holds."""
+def _entries(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of evenly spaced entries of each tensor, of those that this rank holds."""
     flat = [local(t).reshape(-1) for t in tensors]
-    return [entries[:: max(1, entries.numel() // SAMPLED)].clone() for entries in flat]
+    return [entries[:: max(1, entries.numel() // SAMPLED)] for entries in flat]

@@ -32,6 +32,7 @@ _LOG_Z = "log_z"
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
 _SHARES = {"attention_entropy", "epsilon_share"}  # from 0 to 1
+_RARE = {"update_ratio", "attention_logit", "parameter_norm", *_SHARES}  # not looked at in every record
 
 
 def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
@@ -90,12 +91,16 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
             values = np.log10(values)
         values[~np.isfinite(values)] = np.nan
         label = f"log10 {label}"
-    image = ax.pcolormesh(_edges(steps), np.arange(len(names) + 1) - 0.5, values, rasterized=True, **look)
+    looked = ~np.isnan(values).all(0) if quantity in _RARE else np.ones(len(steps), dtype=bool)
+    looked = looked if looked.any() else ~looked  # a look stands for the records about it
+    edges, values = _edges(steps[looked]), values[:, looked]
+    image = ax.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, values, rasterized=True, **look)
     cross = ink(ax)
     ax.set_facecolor("#DDDDDD")  # what was not measured
     raised = [step for step, record in zip(steps, plain, strict=True) if record["findings"]]
     ax.plot(raised, np.full(len(raised), -0.5), "x", color=cross, markersize=4, clip_on=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(*_edges(steps)[[0, -1]])
     every = -(-len(names) // _NAMES)
     ax.set_yticks(range(0, len(names), every), [end_of(name, 16) for name in names[::every]])
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -110,33 +115,37 @@ def _loss(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     losses = np.array([float(record["loss"]) for record in records])
     if np.isnan(losses).all():
         raise ArgumentError("the records hold no loss; give it to monitor.step(loss)")
-    told = np.array([bool(record["findings"]) for record in records])
     finite = np.isfinite(losses)
     ax, font = new_axes(ax, 9, 5.5)
     ax.plot(steps, np.where(finite, losses, np.nan), color=BLUE, marker=".", markersize=3)
     if finite.any() and losses[finite].min() > 0 and losses[finite].max() > 10 * losses[finite].min():
         ax.set_yscale("log")
         log_limits(ax, losses[finite])
+    return finish(ax, font, "training step", "loss", "Loss" + _findings_on_top(records, steps, ax))
+
+
+def _findings_on_top(records: Sequence[Mapping[str, Any]], steps: np.ndarray, ax: Axes) -> str:
+    """Crosses along the top edge of a curve over all records, and what its title says of them."""
+    told = np.array([bool(record["findings"]) for record in records])
     ax.set_xlim(*_edges(steps)[[0, -1]])
-    across = ax.get_xaxis_transform()  # where the loss is not finite, it has no height
+    across = ax.get_xaxis_transform()  # where the curve is not finite, it has no height
     ax.plot(steps[told], np.ones(told.sum()), "x", color=ORANGE, markersize=5, transform=across, clip_on=False)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return finish(ax, font, "training step", "loss", "Loss" + (" (×: findings)" if told.any() else ""))
+    return " (×: findings)" if told.any() else ""
 
 
 def _normaliser(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     """The mean log of the softmax normaliser in the loss, where it was looked at."""
-    seen = [(record["step"], float(record.get(_LOG_Z, np.nan)), bool(record["findings"])) for record in records]
-    seen = [each for each in seen if np.isfinite(each[1])]
-    if not seen:
+    steps = np.array([record["step"] for record in records], dtype=float)
+    values = np.array([float(record.get(_LOG_Z, np.nan)) for record in records])
+    seen = np.isfinite(values)
+    if not seen.any():
         raise ArgumentError("the records hold no log_z; it is seen where the loss takes a softmax of an output")
-    steps, values, told = (np.array(column) for column in zip(*seen, strict=True))
     ax, font = new_axes(ax, 9, 5.5)
     ax.axhline(0.0, color=GREY, linewidth=1)
-    ax.plot(steps, values, color=BLUE, marker=".", markersize=3)
-    ax.plot(steps[told], values[told], "x", color=ORANGE, markersize=5)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return finish(ax, font, "training step", "mean log Z", "Log of the softmax normaliser in the loss")
+    ax.plot(steps[seen], values[seen], color=BLUE, marker=".", markersize=3)
+    found = _findings_on_top(records, steps, ax)
+    return finish(ax, font, "training step", "mean log Z", "Log of the softmax normaliser in the loss" + found)
 
 
 def _edge_of_stability(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:

@@ -172,3 +172,24 @@ def test_one_field_of_the_newer_half_is_the_two_step_midpoint_rule():
 def test_fields_of_their_own_in_turn_are_couplings():
     found = identify(trace(Halves(6), torch.randn(4, WIDTH)))
     assert all("coupling" in r.name for r in found[2:5])
+
+
+def test_a_field_between_old_and_new_states_is_no_step_of_euler():
+    """The midpoint of velocities with other weights for the positions: each state by itself looks like Euler's rule."""
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.h = net(), nn.Parameter(H * (0.5 + torch.rand(WIDTH)))
+
+        def forward(self, q):
+            v = 0.1 * q
+            for _ in range(4):
+                slope = self.f(q)
+                middle = self.f(q + 0.5 * self.h * v)
+                q, v = q + self.h * (v + 0.5 * self.h * slope), v + self.h * middle
+            return torch.cat([q, v], -1)
+
+    torch.manual_seed(0)
+    names = [r.name for r in identify(trace(Between(), torch.randn(4, WIDTH)))[1:-1]]
+    assert not any("Euler" in name for name in names)

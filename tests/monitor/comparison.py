@@ -61,7 +61,7 @@ STORIES = (
     Story("learning rate x100, SGD", "rate", "SGD", "learning rate jumped"),
     Story("learning rate x100, Adam", "rate", "Adam", "learning rate jumped"),
     Story("one sample x10^6, SGD", "sample", "SGD", "batch is out of range", INPUT),
-    Story("one sample x10^6, Adam", "sample", "Adam", "batch is out of range", INPUT, 12),
+    Story("one sample x10^6, Adam", "sample", "Adam", "batch is out of range", INPUT, 4),
     Story("one sample x10^6 that does no harm, Adam", "sample", "Adam", "batch is out of range", INPUT),
     Story("a NaN in the data, Adam", "nan", "Adam", r"batch holds a number|\binput\[0\] has nans", INPUT),
     Story("growing attention logits, Adam", "attention", "Adam", "attention logit", r"layers\.1\b"),

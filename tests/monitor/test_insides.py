@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stabkit.monitor import Monitor
 from stabkit.monitor.growing import Growing, Runaway
+from stabkit.monitor.logit_weights import LogitWeights
 from stabkit.monitor.record import Array
 from tests.monitor.networks import hooks_of
 
@@ -207,6 +208,24 @@ def test_what_grows_by_a_factor_at_every_step_is_seen_on_its_way():
     assert run_away(1, [0.2, 0.3, 0.6, 1.0, 1.9, 3.5]) == []  # small
     assert run_away(1, [8.0, 12.0, 16.0, 20.0, 24.0, 28.0]) == []  # by so much, and not by a factor
     assert run_away(1, [3.0, 25.0, 24.0, 30.0, 3.0, 31.0]) == []  # batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_of_weights_that_becomes_longer_at_once_is_seen(dtype):
+    torch.manual_seed(0)
+    layer, other = nn.Linear(40, 40, dtype=dtype), nn.Linear(4, 4, dtype=dtype)
+    seen = LogitWeights(layer.parameters())
+    seen.watch([[*layer.parameters(), *other.parameters()]])
+    found = []
+    with torch.no_grad():
+        for step in range(6):
+            layer.bias *= 1.5 if step == 2 else 1.0  # a small part of what makes the logits
+            layer.weight *= {3: 1.2, 4: 0.5, 5: 1.05}.get(step, 1.0)
+            other.weight *= 2.0
+            found.append(seen.grew(step))
+    assert found == [False, False, False, True, False, False]
+    layer.to(torch.float64)
+    assert [seen.grew(step) for step in (6, 7)] == [False, False]  # elsewhere, and no longer
 
 
 @pytest.mark.parametrize("kind", ["fused", "module", "written", "head"])

@@ -276,7 +276,7 @@ def test_an_error_inside_warns_once_and_the_training_goes_on(where, monkeypatch)
         return monitor
 
     if where == "optimizer":
-        monkeypatch.setattr(updates, "_sample", fail)
+        monkeypatch.setattr(updates, "_entries", fail)
     elif where != "step":
         monkeypatch.setattr(measurement, "norm", fail if where == "forward" else fail_in_backward)
     with pytest.warns(RuntimeWarning, match="broken on purpose") as seen:
@@ -366,3 +366,38 @@ def test_a_model_compiled_as_one_keeps_its_parameters_in_view(inner):
     truth = one_step(mlp(), x).records[0].blocks[0]
     assert block.parameter_gradient_norm == pytest.approx(truth.parameter_gradient_norm, rel=1e-5)
     assert math.isnan(block.activation_norm)
+
+
+class Replaces(torch.optim.SGD):
+    """An optimizer that puts a new tensor in the place of every parameter's, as some do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data = parameter - group["lr"] * parameter.grad
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Replaces])
+def test_update_ratios_are_those_of_the_parameters(kind):
+    """Small parameters are read whole."""
+    model = mlp(width=8, depth=2)
+    optimizer = kind(model.parameters(), lr=0.1)
+    monitor = Monitor(model, 10, optimizer=optimizer)
+    expected = {}
+    for step in range(31):
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 8)).square().mean()
+        loss.backward()
+        before = [p.detach().clone() for p in model[0].parameters()]
+        monitor.step(loss)
+        optimizer.step()
+        change = sum((a - b).square().sum() for a, b in zip(before, model[0].parameters(), strict=True)).sqrt()
+        expected[step] = (change / sum(p.square().sum() for p in model[0].parameters()).sqrt()).item()
+    monitor.close()
+    known = {record.step: record.blocks[0].update_ratio for record in monitor.records if record.step % 10 == 0}
+    assert math.isnan(known.pop(0))
+    if kind is Replaces:
+        assert math.isnan(known.pop(10))  # which is not known before
+    assert known == pytest.approx({step: expected[step - 1] for step in known}, rel=1e-4)
+    assert {20, 30} <= known.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -264,6 +265,18 @@ def test_a_heat_map_of_training_shows_every_block_at_every_record():
         plotting.training(records, quantity="speed")
     with pytest.raises(ValueError, match="at least one record"):
         plotting.training([])
+
+
+def test_what_is_looked_at_now_and_then_stands_for_the_records_about_it():
+    records = [
+        {"step": step, "findings": [], "blocks": [{"name": "a", "update_ratio": 1e-3 if step % 10 == 0 else math.nan}]}
+        for step in range(0, 31, 5)
+    ]
+    ax = plotting.training(records, quantity="update_ratio")
+    mesh = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    assert np.asarray(mesh.get_array()).ravel().tolist() == [-3.0] * 4
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [-5.0, 5.0, 15.0, 25.0, 35.0]
+    assert ax.get_xlim() == (-2.5, 32.5)
 
 
 def test_steps_without_attribution_are_said_to_have_none():

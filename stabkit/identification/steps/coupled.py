@@ -144,7 +144,6 @@ def coupled(
         return record
     known = [s.record.residual for s in streams if s.record.residual is not None]
     proven = all(s.record.evidence == "proven" for s in streams)
-    shapes = ["x".join(map(str, meta_of(v).shape)) for v in found.sources]
     adaptive = _adaptive(streams)
     one = all((s.h or s.drive) in (None, 1.0) for s in streams) and adaptive is None
     cell = _memory_cell(streams)
@@ -154,7 +153,7 @@ def coupled(
     if adaptive is not None or cell is not None:  # what divides or multiplies a state is no number: no tableau
         record, proven = replace(record, method=None, recorded=()), False
     name = adaptive or cell or _momentum(streams) or _name(streams)
-    if name.startswith("forward Euler of") and _reads_between(record):
+    if name.startswith(("forward Euler of", "damped Euler of", "Gauss-Seidel")) and _reads_between(record):
         return record
     new = replace(
         record,
@@ -164,7 +163,7 @@ def coupled(
         evidence="proven" if proven else "measured",
         residual=max(known, default=None),
         notes=(*_notes(streams), *record.notes[:1]),
-        system="; ".join(_said(i, streams, shape) for i, shape in enumerate(shapes)),
+        system="; ".join(_said(i, streams, "x".join(map(str, meta_of(v).shape))) for i, v in enumerate(found.sources)),
     )
     return confirmed(new, piece)
 
@@ -177,15 +176,14 @@ def _pairing(piece: Piece) -> tuple[int, ...] | None:
     if set(piece.sources) & set(piece.targets):
         return None
     carried = [_carried(piece, target) for target in piece.targets]
-    places = range(len(piece.sources))
+    places = tuple(range(len(piece.sources)))
     # what no new state carries on is only read, and made anew: the output of a cell beside its memory and a position
     anew = set(piece.sources).difference(*carried)
     fits = [
         p for p in itertools.permutations(places)
         if all(piece.sources[i] in {*carried[p[i]], *anew} for i in places)
     ] if len(anew) < len(places) - 1 else []  # fmt: skip
-    given = tuple(places)
-    return given if given in fits else fits[0] if len(fits) == 1 else None
+    return places if places in fits else fits[0] if len(fits) == 1 else None
 
 
 def _carried(piece: Piece, target: Value) -> set[Value]:
@@ -257,8 +255,12 @@ def _name(streams: Sequence[_Stream]) -> str:
 
 
 def _reads_between(record: Identification) -> bool:
-    """Whether a field is evaluated between the states, x + v / 2: that is a stage, which forward Euler has not."""
-    return isinstance(record.method, GeneralLinearMethod) and bool((~np.isin(np.abs(record.method.U), (0, 1))).any())
+    """Whether a field is evaluated between old and new states, x + v / 2: a stage, which Euler's rule has not."""
+    if not isinstance(record.method, GeneralLinearMethod):
+        return False
+    U, V = record.method.U, record.method.V
+    of_ends = np.concatenate([[0.0, 1.0, -1.0], V.ravel()])  # sums of old and of new states have these numbers alone
+    return bool((~np.isclose(U[..., None], of_ends, atol=_SAME).any(axis=-1)).any())
 
 
 def _rotates(found: Slots, streams: Sequence[_Stream]) -> bool:
@@ -349,8 +351,7 @@ def _adaptive(streams: Sequence[_Stream]) -> str | None:
             for i in (v, x)
         )
         if any(map(_is_square, squares)) and not any(map(has_matrix, moves)):
-            numbers = " and ".join(found[1] for found in kept if found)
-            return f"adaptive momentum (Adam type, beta = {numbers})"
+            return f"adaptive momentum (Adam type, beta = {' and '.join(found[1] for found in kept if found)})"
     return None
 
 
@@ -400,8 +401,7 @@ def _unscaled(value: Value) -> Value:
 
 def _is_apart(form: NormalForm) -> bool:
     """Whether an addition has a field of its own state alone: nothing that is held fixed takes part."""
-    read = {v for node in form.piece.nodes for v in form.piece.inputs(node)}
-    return read.isdisjoint(form.piece.contexts)
+    return all(v not in form.piece.contexts for node in form.piece.nodes for v in form.piece.inputs(node))
 
 
 @dataclass(frozen=True)
