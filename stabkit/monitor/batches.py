@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,13 +45,18 @@ class Odd:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """One call of the model: its step, arguments, their bytes, and whether it was the first of the step."""
+    """One call of the model: its step, arguments, and whether it was the first of the step."""
 
     step: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    size: int
     first: bool
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        tensors = (tensor for _, tensor in named_tensors(_named(self.args, self.kwargs), _DEEP))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Batches:
@@ -151,10 +157,10 @@ class Batches:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or in_backward():
             return
-        tensors = (tensor for _, tensor in named_tensors(_named(args, kwargs), _DEEP))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         first = not self._held or self._held[-1].step != self._step
-        self._held.append(_Held(self._step, args, kwargs, size, first))
+        self._held.append(_Held(self._step, args, kwargs, first))
+        if first:
+            return
         mine = [each for each in self._held if each.step == self._step]
         while len(mine) > 1 and (sum(each.size for each in mine) > _HELD or len(mine) > MOST_CALLS):
             self._held.remove(mine.pop(0))

@@ -23,6 +23,9 @@ from stabkit.monitor.scaling import ScaleWatch
 from stabkit.monitor.softmaxes import Measured, SoftmaxWatch
 
 EVERY = 10  # training steps between two looks at softmaxes
+# Where the first looks have found logits alone and no attention: these drift slowly, and weights behind them that
+# become longer at once, or a loss that leaves what is usual, start a look anyway. One takes a fifth of an MLP's step.
+_SELDOM, _FIRST = 50, 10
 _EPSILON_EVERY = 100  # and at epsilon, but for the first two
 
 
@@ -62,6 +65,7 @@ class Insides:
         self._epsilon = EpsilonShares(optimizers, parameters)
         self._next, self._epsilon_next = 0, EVERY
         self._looking = False
+        self._looks, self._attends = 0, False
         self._pending: tuple[int, Measured] | None = None
         self._columns: Array | None = None
         self._of_loss = (math.nan, math.nan)
@@ -92,8 +96,10 @@ class Insides:
         self._growing.see(self._foresight.loss)
         pending, self._pending = self._pending, None
         if self._looking:
-            self._next = step + EVERY
             measured = self._softmaxes.take(loss)
+            self._looks += 1
+            self._attends |= measured is not None and bool(measured.attentions)
+            self._next = step + (EVERY if self._attends or self._looks < _FIRST else _SELDOM)
             self._softmaxes.off()  # what follows may run the model itself
             if measured is not None:
                 self._pending = (step, measured)

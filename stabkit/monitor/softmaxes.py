@@ -31,6 +31,7 @@ _MOST = 8  # attentions of one block that are looked at: one may be written as a
 _ROWS = 64  # of the logits of a loss
 _MAKERS = 2  # parameters: a weight and a bias
 _OWN = slice(5, 7)  # of the arguments of nn.MultiheadAttention: what it projects queries and keys by
+_EMPTY, _AGAIN = 3, 10  # looks in a row without a softmax in the model, after which only one of so many asks every call
 _DEEP, _OUTPUTS = 3, 4  # levels of containers in which outputs are looked for, and how many are kept
 _TAG = "stabkit.logits"
 
@@ -92,6 +93,7 @@ class SoftmaxWatch:
         self._model, self._failed = model, failed
         self._blocks = blocks
         self._plain = not any(map(is_compiled, model.modules()))
+        self._empty = 0  # looks in a row in which no softmax was called in the model
         self._undo: list[Callable[[], None]] = []
         self._mode: _Softmaxes | None = None
         self._found: Measured | None = None
@@ -102,10 +104,15 @@ class SoftmaxWatch:
         self._found, self._outputs = None, []
         if self._undo or isinstance(self._model, torch.jit.ScriptModule):  # one that was scripted takes no hooks
             return
-        if self._plain:
+        if self._asks:
             self._undo += [watch(block, None, self._entered(index)) for index, block in self._blocks.items()]
         self._undo.append(self._model.register_forward_pre_hook(Hook(self._before), with_kwargs=True).remove)
         self._undo.append(self._model.register_forward_hook(Hook(self._after), always_call=True).remove)
+
+    @property
+    def _asks(self) -> bool:
+        """Whether every call of the coming look is asked whether it is a softmax, which makes a step a third longer."""
+        return self._plain and (self._empty < _EMPTY or self._empty % _AGAIN == 0)
 
     def off(self) -> None:
         """No hook stays behind."""
@@ -138,14 +145,17 @@ class SoftmaxWatch:
         if self._found is not None or self._mode is not None or not torch.is_grad_enabled() or in_backward():
             return
         self._found = Measured()
-        if self._plain:
+        if self._asks:
             self._mode = _Softmaxes(self._found, self._failed)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        inside = self._mode is not None or not self._plain
+        whole = self._mode is not None or not self._asks
         self._leave()
-        if not inside or self._found is None or self._found.logits is not None or self._outputs:
+        if not whole or self._found is None or self._outputs:
+            return
+        self._empty = 0 if self._found.attentions or self._found.logits is not None else self._empty + 1
+        if self._found.logits is not None:
             return
         try:
             floats = [t for _, t in named_tensors({"": output}, _DEEP) if t.is_floating_point()]
