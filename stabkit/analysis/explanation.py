@@ -155,6 +155,9 @@ def _shares(mechanism: Mechanism) -> dict[str, float] | None:
     return {name: float(getattr(shares, name)) for name in ("continuous", "discretisation", "overdamped", "neutral")}
 
 
+_KEPT = math.log(2.0)  # of growth that nobody would call any
+
+
 def why(found: Attribution, verdict: Verdict, stable: float) -> str:
     """The sentence.
 
@@ -165,13 +168,20 @@ def why(found: Attribution, verdict: Verdict, stable: float) -> str:
         found: the parts of the growth.
         verdict: with the growth that is to be explained and the steps that it is about.
         stable: growth in nats that needs no explanation.
+
+    Returns:
+        The sentence; nothing where growth over depth is not judged.
     """
     first, last = verdict.stretch
     growth = verdict.growth
     if not math.isfinite(growth):
         return "No gradient arrives, so there is no growth to explain."
+    if verdict.name == "not judged":
+        return ""
     if abs(growth) <= stable:
-        return "The gradient keeps its size over the blocks: there is no growth to explain."
+        if abs(growth) <= _KEPT:
+            return "The gradient keeps its size over the blocks: there is no growth to explain."
+        return f"The growth is within the factor of {math.exp(stable):.3g}, up or down, that needs no explanation."
     read = [m for m in found.mechanisms[first : last + 1] if m.excess is not None]
     share = _share(found, first, last)
     decides = share is not None and _DECIDES[0] <= share <= _DECIDES[1]
