@@ -40,6 +40,7 @@ from stabkit.tracing.recording.training_pass import (
     nodes_from,
     training_pass,
 )
+from stabkit.vocabulary import is_python_node
 
 _EXITS = {
     torch.Tensor.numpy: "numpy()",
@@ -117,13 +118,16 @@ def lost_gradient(call: ForwardPass, loss: Any = None, done: TrainingPass | None
     done = training_pass(call, loss, differentiate=False) if done is None else done
     nodes = [] if done.loss is None else nodes_above(done.loss)
     lost = _lost(done, nodes)
+    if lost and any(map(is_python_node, nodes)):  # whose backward may give parameters gradients by itself
+        given = done.gradients or training_pass(call, loss).gradients
+        lost = tuple(path for path in lost if given.get(path) is None)
     flat = flat_derivatives(call, loss) if differentiated_twice(nodes) else ()
     trainable = {path: p.numel() for path, p in done.parameters.items()}
     if not lost:
         return LostGradient(trainable, (), flat=flat)
     watch = Exits()
     done = training_pass(call, loss, watch, differentiate=False)
-    cuts = watch.cuts(done, _lost(done, [] if done.loss is None else nodes_above(done.loss)))
+    cuts = watch.cuts(done, lost)
     found = {path for cut in cuts for path in cut.parameters}
     ran = {c.path for c in done.calls}
     rest = tuple(path for path in lost if path not in found)

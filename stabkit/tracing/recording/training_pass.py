@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from stabkit.tracing.recording.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import EagerMode, transparent
+from stabkit.vocabulary import is_python_node
 
 #: Folders whose code is not the user's.
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
@@ -228,13 +230,36 @@ def _differentiate(done: TrainingPass, sources: list[Source]) -> None:
     if not wanted:
         return
     try:
-        found = torch.autograd.grad(done.loss, wanted, retain_graph=True, allow_unused=True)
+        with _own_gradients(done) as own:
+            found = torch.autograd.grad(done.loss, wanted, retain_graph=True, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise TraceError(_failed_backward(error)) from error
     done.gradients = dict(zip(done.parameters, found[: len(done.parameters)], strict=True))
+    for path, gradient in own.items():
+        others = done.gradients[path]
+        done.gradients[path] = gradient if others is None else gradient + others
     done.inputs = list(found[len(done.parameters) :])
+
+
+@contextlib.contextmanager
+def _own_gradients(done: TrainingPass) -> Iterator[dict[str, Tensor]]:
+    """What functions of the model's own put into ``.grad`` on the way back, as those of reversible networks do."""
+    found: dict[str, Tensor] = {}
+    if done.loss is None or not any(map(is_python_node, nodes_above(done.loss))):
+        yield found
+        return
+    before = {path: parameter.grad for path, parameter in done.parameters.items()}
+    for parameter in done.parameters.values():
+        parameter.grad = None
+    try:
+        yield found
+    finally:
+        for path, parameter in done.parameters.items():
+            if parameter.grad is not None:
+                found[path] = parameter.grad
+            parameter.grad = before[path]
 
 
 def _failed_backward(error: RuntimeError) -> str:

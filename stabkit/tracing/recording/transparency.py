@@ -66,7 +66,7 @@ def _of_thread(original: Callable[..., Any], other: Callable[..., Any]) -> Calla
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, other: Any) -> Iterator[None]:
+def replaced(module: Any, name: str, other: Any) -> Iterator[None]:
     """Another function, or class with ``apply``, in the place of one of torch's, for this thread."""
     original = getattr(module, name)
     with undone(lambda: setattr(module, name, original)):
@@ -92,7 +92,7 @@ def _compiled_code_eager() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         else:
-            stack.enter_context(_replaced(torch, "compile", compile_eager))
+            stack.enter_context(replaced(torch, "compile", compile_eager))
         yield
 
 
@@ -205,8 +205,8 @@ def transparent(through_no_grad: bool = False, training: Any = None, *, through_
             stand_ins["CheckpointFunction"] = training
         for name, other in stand_ins.items():
             if hasattr(torch.utils.checkpoint, name):
-                stack.enter_context(_replaced(torch.utils.checkpoint, name, other))
-        stack.enter_context(_replaced(torch, "cond", _plain_cond))
+                stack.enter_context(replaced(torch.utils.checkpoint, name, other))
+        stack.enter_context(replaced(torch, "cond", _plain_cond))
         stack.enter_context(_compiled_code_eager())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]

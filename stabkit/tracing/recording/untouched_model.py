@@ -26,7 +26,7 @@ from stabkit.tracing.recording.places import Place
 from stabkit.tracing.recording.randomness import RandomStates
 from stabkit.tracing.recording.reachable import Reached
 from stabkit.tracing.recording.stand_ins import put_stand_ins
-from stabkit.tracing.recording.written import HandedOut, Writes, version_of
+from stabkit.tracing.recording.written import version_of, watched
 from stabkit.turns import turn, undone
 
 _LARGE = 2**26  # bytes of a tensor that is no buffer, from which a copy of it is made only if it is written to
@@ -120,7 +120,7 @@ class Safe:
         if not self._by_storage:
             yield
             return
-        with HandedOut(self.before_write, self.before_gradients), Writes(self.before_write):
+        with watched(self.before_write, self.before_gradients):
             yield
 
     def before_write(self, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-from stabkit.tracing.recording.transparency import EagerMode
+from stabkit.tracing.recording.transparency import EagerMode, replaced
 
 #: how the memory of a tensor leaves torch, which does not see what is written to it there
 HANDED_OUT: frozenset[Any] = frozenset(
@@ -106,3 +107,16 @@ def version_of(tensor: Tensor) -> int | None:
         return tensor._version
     except RuntimeError:  # it was made under inference_mode, or has the memory of one that was
         return None
+
+
+@contextlib.contextmanager
+def watched(told: Callable[[Tensor], None], accumulates: Callable[[], None]) -> Iterator[None]:
+    """Tell of every tensor that is about to be written or is handed out, and that gradients are put into ``.grad``."""
+    original = torch.autograd.backward  # which no mode sees, nor anything that runs on the way back
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        accumulates()
+        original(*args, **kwargs)
+
+    with replaced(torch.autograd, "backward", backward), HandedOut(told, accumulates), Writes(told):
+        yield
