@@ -26,7 +26,7 @@ from stabkit.tracing.recording.places import Place
 from stabkit.tracing.recording.randomness import RandomStates
 from stabkit.tracing.recording.reachable import Reached
 from stabkit.tracing.recording.stand_ins import put_stand_ins
-from stabkit.tracing.recording.written import version_of, watched
+from stabkit.tracing.recording.written import parts_of, version_of, watched
 from stabkit.turns import turn, undone
 
 _LARGE = 2**26  # bytes of a tensor that is no buffer, from which a copy of it is made only if it is written to
@@ -414,9 +414,10 @@ def refuse_lazy(modules: Iterable[nn.Module]) -> None:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal without a write: a NaN equals itself here, or buffers that hold one would always count as changed."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return False
-    return bool(((a == b) | ((a != a) & (b != b))).all()) if a.layout == torch.strided else torch.equal(a, b)
+    pairs = zip(parts_of(a), parts_of(b), strict=True)
+    return all(x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)
 
 
 @contextlib.contextmanager

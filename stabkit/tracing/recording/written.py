@@ -109,6 +109,21 @@ def version_of(tensor: Tensor) -> int | None:
         return None
 
 
+_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that hold the numbers of one: torch compares no sparse tensors."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    names = _PARTS.get(tensor.layout)
+    return [tensor.to_dense()] if names is None else [getattr(tensor.detach(), name)() for name in names]
+
+
 @contextlib.contextmanager
 def watched(told: Callable[[Tensor], None], accumulates: Callable[[], None]) -> Iterator[None]:
     """Tell of every tensor that is about to be written or is handed out, and that gradients are put into ``.grad``."""
