@@ -155,6 +155,7 @@ def _shares(mechanism: Mechanism) -> dict[str, float] | None:
     return {name: float(getattr(shares, name)) for name in ("continuous", "discretisation", "overdamped", "neutral")}
 
 
+_ONE_NUMBER = 0.02  # between two shares that are told as one
 _KEPT = math.log(2.0)  # of growth that nobody would call any
 
 
@@ -184,12 +185,12 @@ def why(found: Attribution, verdict: Verdict, stable: float) -> str:
         return f"The growth is within the factor of {math.exp(stable):.3g}, up or down, that needs no explanation."
     read = [m for m in found.mechanisms[first : last + 1] if m.excess is not None]
     share = _share(found, first, last)
-    decides = share is not None and _DECIDES[0] <= share <= _DECIDES[1]
+    decides = share is not None and _DECIDES[0] <= share[0] <= share[1] <= _DECIDES[1]
     if not read or not decides:
         return _undecided(found, first, last, share)
     parts = {k: float(np.mean([getattr(m.excess, k) for m in read])) for k in ("continuous", "discretisation")}
     gained = sum(max(value, 0.0) for value in parts.values())
-    told = f"eigenvalues predict {share:.0%} of the growth"
+    told = _predicted(share)
     if growth < 0:
         worst = min(read, key=lambda m: float(found.spectral[m.step].mean()))
         return f"The steps damp most modes, {worst.name} ({worst.method}) the most: {told}."
@@ -201,13 +202,34 @@ def why(found: Attribution, verdict: Verdict, stable: float) -> str:
     return _undecided(found, first, last, share)
 
 
-def _share(found: Attribution, first: int, last: int) -> float | None:
-    """What eigenvalues alone predict of the growth, carried from step to step as far as steps are alike."""
-    rows = found.growth[first : last + 1].mean(1)
-    rates = found.predictions["eigenvalues"].per_step[first : last + 1]
+def _share(found: Attribution, first: int, last: int) -> tuple[float, float] | None:
+    """What eigenvalues alone predict of the growth, carried from step to step as far as steps are alike.
+
+    The two ends are equal where all of them were computed, and bounds where they were not.
+    """
+    rows, of = found.growth[first : last + 1].mean(1), slice(first, last + 1)
+    rates = found.predictions["eigenvalues"].per_step[of]
     known = rows.isfinite() & rates.isfinite()
     total = float(rows[known].sum())
-    return float(rates[known].sum()) / total if total else None
+    if not total:
+        return None
+    beside = (found.spectral_interval[of] - found.spectral[of][..., None]).mean(1)[known].sum(0)
+    low, high = sorted(float(rates[known].sum() + each) / total for each in beside)
+    return low, high
+
+
+def _predicted(share: tuple[float, float] | None) -> str:
+    """A share in words."""
+    if share is None:
+        return "no eigenvalues were computed"
+    if share[1] - share[0] < _ONE_NUMBER:
+        return f"eigenvalues predict {sum(share) / 2:.0%} of the growth"
+    low, high = share
+    if not math.isfinite(low) and not math.isfinite(high):
+        return "eigenvalues were not computed, and bounds on them say nothing"
+    ends = f"at most {high:.0%}" if not math.isfinite(low) else f"at least {low:.0%}"
+    between = f"{low:.0%} to {high:.0%}" if math.isfinite(low) and math.isfinite(high) else ends
+    return f"eigenvalues predict {between} of the growth, by bounds on those not computed"
 
 
 def _shorter(read: Sequence[Mechanism]) -> str:
@@ -220,18 +242,19 @@ def _shorter(read: Sequence[Mechanism]) -> str:
     return "modes that the field does not amplify leave its stability region"
 
 
-def _undecided(found: Attribution, first: int, last: int, share: float | None) -> str:
+def _undecided(found: Attribution, first: int, last: int, share: tuple[float, float] | None) -> str:
     """What is left where the region does not decide."""
-    parts = {name: getattr(found, name)[first : last + 1].mean(1) for name in ("non_normal", "alignment")}
-    sums = {name: float(rates[rates.isfinite()].sum()) for name, rates in parts.items()}
     if "step" not in found.kinds[first : last + 1]:
         return (
-            "The stability region does not decide it: all of these steps change the space of the state, so that they "
-            "have no eigenvalues."
+            "The stability region does not decide it: these steps lead from one kind of state to another, so that "
+            "eigenvalues say nothing of their growth."
         )
+    parts = {name: getattr(found, name)[first : last + 1].mean(1) for name in ("non_normal", "alignment")}
+    sums = {name: float(rates[rates.isfinite()].sum()) for name, rates in parts.items()}
     why = "successive Jacobians are unrelated" if found.applies == "isotropic" else "the Jacobians are not normal"
-    told = "no eigenvalues were computed" if share is None else f"eigenvalues predict {share:.0%} of the growth"
+    exact = share is not None and share[1] - share[0] < _ONE_NUMBER
+    rest = f"; non-normality adds {sums['non_normal']:+.2g} nats and" if exact else ";"
     return (
-        f"The stability region does not decide it ({why}): {told}; non-normality adds {sums['non_normal']:+.2g} nats "
-        f"and the direction of the gradient {sums['alignment']:+.2g}."
+        f"The stability region does not decide it ({why}): {_predicted(share)}{rest} the direction of the gradient "
+        f"adds {sums['alignment']:+.2g} nats."
     )

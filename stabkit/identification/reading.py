@@ -219,8 +219,8 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     solved = linear_solve(whole)
     if solved is not None and not solves_in_fields(whole, around.names):
         return record_of_solve(solved, steps)
-    if (rounds := inner_iterations(whole, around.names)) > 1:
-        why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
+    if inner_iterations(whole, around.names) > 1:
+        why = "an iterative solver runs inside: quotients of inner products scale directions, and are no gates"
         return nothing(steps, "iterative solver inside", why, "unknown")
     if maps:
         return _with_inner(around, found, _without_skip(around, found, links, steps))
