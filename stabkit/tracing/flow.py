@@ -20,6 +20,7 @@ from stabkit.tracing.products.recorded_jacobian import jacobian_of
 from stabkit.tracing.products.segments import Segment
 from stabkit.tracing.products.step_products import Products, Space
 from stabkit.tracing.protocols import FlatState, Tangents
+from stabkit.tracing.recording.changed_weights import refusing_changed_weights
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorded_pass import RecordedPass
@@ -363,7 +364,8 @@ class Flow:
         """The gradient of a scalar by the last state; None where it does not depend on it."""
         values = self.states[-1].values
         edges = [value.edge for value in values]
-        grads = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
+        with refusing_changed_weights():
+            grads = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
         if all(g is None for g in grads):
             return None
         return [
@@ -374,7 +376,8 @@ class Flow:
     def _bypassed(self, scalar: Tensor, cotangents: list[Tensor]) -> bool:
         """Whether a part of the gradient of a loss does not pass through the last state."""
         source = self.states[0].values
-        total = torch.autograd.grad(scalar, [v.edge for v in source], retain_graph=True, allow_unused=True)
+        with refusing_changed_weights():
+            total = torch.autograd.grad(scalar, [v.edge for v in source], retain_graph=True, allow_unused=True)
         through = engine_vjp(self.states[-1].values, source, cotangents)
         for whole, part in zip(total, through, strict=True):
             whole = torch.zeros_like(part) if whole is None else whole
@@ -389,9 +392,10 @@ def engine_vjp(target: Sequence[Value], source: Sequence[Value], cotangents: Seq
     ``torch.autograd.grad`` says the same, and imports sympy before that, to compare shapes.
     """
     edges, ends = (tuple(value.edge for value in values) for values in (target, source))
-    grads = _engine_run_backward(
-        edges, tuple(cotangents), True, False, ends, allow_unreachable=True, accumulate_grad=False
-    )
+    with refusing_changed_weights():
+        grads = _engine_run_backward(
+            edges, tuple(cotangents), True, False, ends, allow_unreachable=True, accumulate_grad=False
+        )
     metas = [meta_of(value) for value in source]
     return [
         torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad

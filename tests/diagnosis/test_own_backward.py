@@ -68,3 +68,24 @@ def test_only_what_gets_none_is_told():
         (found,) = [f for f in stabkit.analyze(Net(unused=True), X, loss=loss).findings if f.kind == "no_gradient"]
         assert "idle.weight" in found.evidence
         assert "layers" not in found.evidence
+
+
+class Inner(nn.Module):
+    """Its forward pass takes a step of its own along a gradient that it asks autograd for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x.detach().requires_grad_()
+        torch.autograd.backward(self.energy(start).square().sum())
+        self.energy.zero_grad()
+        return self.last(x - 0.1 * start.grad)
+
+
+def test_a_forward_pass_that_calls_backward_is_no_other_thread():
+    model = Inner()
+    assert len(stabkit.trace(model, X).steps) >= 1
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -15,6 +15,7 @@ from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.values import Meta, Value, meta_of, outputs_of, random_tensors, value_of
 from stabkit.tracing.products.node_derivatives import alike, apply_node, is_python_node
 from stabkit.tracing.products.stacked_cotangents import Stacked
+from stabkit.tracing.recording.changed_weights import is_of_changed_weights, weights_changed
 
 Tensors = list[Tensor]
 Hook = Callable[[Tensor], Tensor | None]
@@ -346,12 +347,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _failed_backward(node: Node, error: Exception) -> TraceError:
-    if "modified by an inplace operation" in str(error):
-        return TraceError(
-            "the model's weights were changed after it was traced, so its derivatives are gone: call stabkit.trace "
-            "again. (If nothing changed them, the forward pass overwrites its own parameters, by clamping or "
-            "renormalising them: apply that change beforehand)"
-        )
+    if is_of_changed_weights(error):
+        return weights_changed()
     message = " ".join(str(error).split())[:300]
     return BackwardError(f"the backward of {type(node).__name__} failed: {type(error).__name__}: {message}", node)
 

@@ -20,6 +20,7 @@ from stabkit.tracing.recording.recorder import Ending, Recording, ValueRecorder,
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import WAY_BACK, Safe, WhenCalled, aside
+from stabkit.tracing.recording.written import backward_told
 from stabkit.vocabulary import is_python_node
 
 
@@ -120,7 +121,8 @@ class ForwardPass:
             values = ValueRecorder(recording, safe, prepared.integers, self.promote_casts, wanted)
             hooks = saved.hooks() if saved is not None else contextlib.nullcontext()
             try:
-                with transparent(self.through_no_grad, through_detach=self.through_detach), hooks:
+                looking = transparent(self.through_no_grad, through_detach=self.through_detach)
+                with looking, hooks, backward_told(safe.before_gradients):
                     record(self.model, self.module, prepared.args, prepared.kwargs, recording, values, self.ending)
             except TraceError:
                 raise

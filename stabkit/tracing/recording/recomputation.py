@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
+from stabkit.tracing.recording.changed_weights import weights_changed
 
 
 class _Enough(BaseException):
@@ -114,10 +115,7 @@ class SavedTensors:
 
     def _refuse_changed_weights(self) -> None:
         if self._versions != self._parameter_versions():
-            raise TraceError(
-                "the model's weights were changed after it was traced, so its derivatives are gone: call stabkit.trace "
-                "again"
-            )
+            raise weights_changed()
 
     def _parameter_versions(self) -> list[int]:
         return [0 if p.is_inference() else p._version for p in self._parameters]

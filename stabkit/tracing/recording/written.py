@@ -125,13 +125,20 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def watched(told: Callable[[Tensor], None], accumulates: Callable[[], None]) -> Iterator[None]:
-    """Tell of every tensor that is about to be written or is handed out, and that gradients are put into ``.grad``."""
-    original = torch.autograd.backward  # which no mode sees, nor anything that runs on the way back
+def backward_told(accumulates: Callable[[], None]) -> Iterator[None]:
+    """Tell of calls of ``torch.autograd.backward``, which no mode sees, nor anything that runs on the way back."""
+    original = torch.autograd.backward
 
     def backward(*args: Any, **kwargs: Any) -> None:
         accumulates()
         original(*args, **kwargs)
 
-    with replaced(torch.autograd, "backward", backward), HandedOut(told, accumulates), Writes(told):
+    with replaced(torch.autograd, "backward", backward):
+        yield
+
+
+@contextlib.contextmanager
+def watched(told: Callable[[Tensor], None], accumulates: Callable[[], None]) -> Iterator[None]:
+    """Tell of every tensor that is about to be written or is handed out, and that gradients are put into ``.grad``."""
+    with backward_told(accumulates), HandedOut(told, accumulates), Writes(told):
         yield
