@@ -267,14 +267,14 @@ def _named(*names: str, words: str = "") -> _Kind:
     def take(value: Any) -> Any:
         return value if any(base.__name__ in names for base in type(value).__mro__) else _REFUSED
 
-    return _Kind(take, words or " or ".join(map(_described, names)))
+    return _Kind(take, words or " or ".join(a(_with_maker(name)) for name in names))
 
 
 def _public_name(kind: type) -> str:
     """How a class is written by those who import its package: ``torch.nn.Module``."""
     parts = kind.__module__.split(".")
     if parts[0] in ("builtins", "stabkit"):
-        return _described(kind.__name__).partition(" ")[2]
+        return _with_maker(kind.__name__)
     for end in range(1, len(parts)):  # the shortest that has it
         path = ".".join(parts[:end])
         if getattr(sys.modules.get(path), kind.__name__, None) is kind:
@@ -282,8 +282,8 @@ def _public_name(kind: type) -> str:
     return kind.__name__
 
 
-def _described(name: str) -> str:
-    return a(name) + (f" ({_MADE_BY[name]})" if name in _MADE_BY else "")
+def _with_maker(name: str) -> str:
+    return name + (f" ({_MADE_BY[name]})" if name in _MADE_BY else "")
 
 
 def _single(value: Any) -> Any:

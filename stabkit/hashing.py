@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def content_key(*parts: Any, other: Callable[[Any], str] = repr, size: int = 16) -> str:
-    """A hash of strings, numbers, tensors, and nests of them.
+def content_key(*parts: Any) -> str:
+    """A hash of strings, numbers, tensors, and nests of them; anything else counts by its ``repr``.
 
     Tensors without entries of their own (see `has_entries`) count by dtype and shape alone.
 
     Args:
         *parts: what is hashed.
-        other: what stands for an object of any other kind.
-        size: bytes of the hash.
 
     Example:
         >>> content_key("w", torch.ones(2)) == content_key("w", torch.ones(2))
@@ -26,8 +24,8 @@ def content_key(*parts: Any, other: Callable[[Any], str] = repr, size: int = 16)
         >>> content_key("w", torch.ones(2)) == content_key("w", torch.zeros(2))
         False
     """
-    digest = hashlib.blake2b(digest_size=size)
-    _add(digest, parts, other)
+    digest = hashlib.blake2b(digest_size=16)
+    _add(digest, parts)
     return digest.hexdigest()
 
 
@@ -45,7 +43,7 @@ def has_entries(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not (wrapped or tensor.is_meta or tensor.is_quantized)
 
 
-def _add(digest: Any, part: Any, other: Callable[[Any], str]) -> None:
+def _add(digest: Any, part: Any) -> None:
     if isinstance(part, Tensor):
         digest.update(f"tensor {part.dtype} {tuple(part.shape)}\0".encode())
         if has_entries(part):
@@ -54,13 +52,13 @@ def _add(digest: Any, part: Any, other: Callable[[Any], str]) -> None:
         digest.update(b"{")
         for name in sorted(part, key=str):
             digest.update(f"{name}\0".encode())
-            _add(digest, part[name], other)
+            _add(digest, part[name])
     elif isinstance(part, list | tuple):
         digest.update(b"[")
         for item in part:
-            _add(digest, item, other)
+            _add(digest, item)
         digest.update(b"]")
     elif part is None or isinstance(part, bool | int | float | str):
         digest.update(f"{type(part).__name__} {part!r}\0".encode())
     else:
-        digest.update(f"{other(part)}\0".encode())
+        digest.update(f"{part!r}\0".encode())

@@ -24,6 +24,8 @@ from stabkit.tracing import Flow
 _PARTS = ("spectral", "non_normal", "transition")
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 _DECIDES = (0.5, 2.0)  # share of the growth that the eigenvalues predict where they decide it
+_ONE_NUMBER = 0.02  # between two shares that are told as one
+_KEPT = math.log(2.0)  # of growth that nobody would call any
 _MOST = 0.5  # share of what the modes gain or lose from which one mechanism is named
 
 
@@ -153,10 +155,6 @@ def _shares(mechanism: Mechanism) -> dict[str, float] | None:
     if shares is None:
         return None
     return {name: float(getattr(shares, name)) for name in ("continuous", "discretisation", "overdamped", "neutral")}
-
-
-_ONE_NUMBER = 0.02  # between two shares that are told as one
-_KEPT = math.log(2.0)  # of growth that nobody would call any
 
 
 def why(found: Attribution, verdict: Verdict, stable: float) -> str:

@@ -76,8 +76,8 @@ class Attends(nn.Module):
         return {**loss, "logits": logits}
 
 
-def grow(model: nn.Module) -> Any:
-    """What makes queries and keys of the second layer grow, as a weight decay of the wrong sign does."""
+def _from_the_fault_on(model: nn.Module, harm: Callable[[int], None]) -> Any:
+    """Do harm before every training call of a model that follows ``AT`` of them, given how many have."""
     calls = [0]
 
     def before(*_: Any) -> None:
@@ -85,23 +85,19 @@ def grow(model: nn.Module) -> Any:
             calls[0] += 1
             if calls[0] > AT:
                 with torch.no_grad():
-                    model.layers[1].self_attn.in_proj_weight[:64] *= GROWTH
+                    harm(calls[0] - AT)
 
     return model.register_forward_pre_hook(before)
+
+
+def grow(model: nn.Module) -> Any:
+    """What makes queries and keys of the second layer grow, as a weight decay of the wrong sign does."""
+    return _from_the_fault_on(model, lambda _: model.layers[1].self_attn.in_proj_weight[:64].mul_(GROWTH))
 
 
 def shift(model: nn.Module) -> Any:
     """What adds to all logits of the loss, of which its softmax takes no notice, nearly twice as much at every step."""
-    calls = [0]
-
-    def before(*_: Any) -> None:
-        if torch.is_grad_enabled():
-            calls[0] += 1
-            if calls[0] > AT:
-                with torch.no_grad():
-                    model.head.bias += 4.0 * GROWTH ** (2 * (calls[0] - AT))
-
-    return model.register_forward_pre_hook(before)
+    return _from_the_fault_on(model, lambda count: model.head.bias.add_(4.0 * GROWTH ** (2 * count)))
 
 
 def blow_up(model: nn.Module, at: int = AT) -> Any:
